@@ -1,0 +1,564 @@
+"""Event frames -> box predictions: MaxViT-RNN backbone, PA-FPN over 2 to 4 scales, attention for small objects, YOLOX head.
+
+In: uint8 event histograms (T, B, 20, H, W) and the recurrent state of each stream. Out: decoded boxes with logits for
+every anchor of the chosen frames, and the next state. Only the LSTMs look back in time, so each stage runs its
+convolution and attention on all T * B frames at once and then scans its LSTM over T. Source: RVT, arXiv 2212.05598.
+
+    model = Detector(ModelConfig(input_hw=(360, 640), num_classes=8)); prediction, state = model(events)
+"""
+
+import dataclasses
+import math
+import pickle
+import re
+import zipfile
+from collections import namedtuple
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+TOKENS = 60  # attention group size that the default partition split aims at
+Prediction = namedtuple("Prediction", "box_cxcywh obj cls grid")
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Everything that decides the network's shape. Saved whole in every checkpoint; the fields are config keys."""
+
+    input_hw: tuple = (0, 0)            # rows and columns of the event frames; (0, 0): taken from the data
+    patch_size: int = 4                 # stride of the first stage: 2, 3 or 4
+    partition_split: int = 0            # attention groups: padded input / (8 * patch_size * split); 0: about 60 tokens
+    embed_dim: int = 64                 # width of stage 1; doubles with each stage
+    dim_head: int = 32                  # width of an attention head
+    fpn_stages: tuple = (2, 3, 4)       # backbone stages in the pyramid: 2 to 4 neighbours
+    fpn_depth: float = 0.67             # a CSP layer has round(3 * depth) bottlenecks
+    num_classes: int = 0                # 0: taken from the data
+    small_object_attention: bool = False
+    attention_spatial: bool = True      # parts of small_object_attention
+    attention_temporal: bool = True
+    checkpointing: bool = False         # recompute activations in the backward pass: less memory, more time
+
+    def __post_init__(self):
+        self.input_hw, self.fpn_stages = tuple(self.input_hw), tuple(self.fpn_stages)
+        stages = self.fpn_stages
+        if not 2 <= len(stages) <= 4 or stages != tuple(range(stages[0], stages[0] + len(stages))) or \
+                stages[0] < 1 or stages[-1] > 4:
+            raise ValueError(f"fpn_stages={stages}: expected 2 to 4 neighbouring stages of 1 to 4, finest first, "
+                             f"like (1, 2, 3, 4)")
+        if self.patch_size not in (2, 3, 4):
+            raise ValueError(f"patch_size={self.patch_size}: expected 2, 3 or 4")
+        if self.embed_dim < 8 or self.embed_dim % 8 or self.embed_dim % self.dim_head or self.dim_head < 1:
+            raise ValueError(f"embed_dim={self.embed_dim}, dim_head={self.dim_head}: expected embed_dim a multiple of "
+                             f"8 and of dim_head, like 64 and 32, or 48 and 24")
+
+    @property
+    def strides(self):
+        return tuple(self.patch_size * 2 ** (k - 1) for k in self.fpn_stages)
+
+    def padded_hw(self, split):
+        unit = self.patch_size * 8 * split
+        return tuple(math.ceil(size / unit) * unit for size in self.input_hw)
+
+    def part(self, split):
+        """Tokens (rows, columns) of an attention group."""
+        return tuple(size // (self.patch_size * 8 * split) for size in self.padded_hw(split))
+
+    def resolved(self):
+        """Copy with the partition split decided; ValueError where input size or classes are not known yet."""
+        if min(self.input_hw) < 1 or self.num_classes < 1 or self.partition_split < 0:
+            raise ValueError(f"input_hw={self.input_hw}, num_classes={self.num_classes}, partition_split="
+                             f"{self.partition_split}: expected positive sizes; the first two come from the data set")
+        split = self.partition_split or min(
+            range(1, 9), key=lambda s: abs(math.log(math.prod(self.part(s)) / TOKENS)))
+        return dataclasses.replace(self, partition_split=split)
+
+
+@contextmanager
+def frozen_statistics(module):
+    """Batch norms of `module` normalise by the batch as ever, but leave their running statistics alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
+def recompute(module, *args):
+    """module(*args), keeping only the arguments for the backward pass; batch statistics move once."""
+    if torch.compiler.is_compiling():  # the compiler recomputes without repeating mutations, and takes no contexts
+        return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False,
+                      context_fn=lambda: (nullcontext(), frozen_statistics(module)))
+
+
+# ---- backbone
+
+LAYOUT = {"window": "b (nh ph) (nw pw) c", "grid": "b (ph nh) (pw nw) c"}  # the only difference
+GROUPS = "(b nh nw) (ph pw) c"
+
+
+def partition(x, part, mode):
+    """Cut a feature map into groups of tokens that attend to each other.
+
+    x (B, H, W, C), part = (ph, pw) tokens  ->  (B * H/ph * W/pw, ph * pw, C)
+    mode: "window" groups neighbours; "grid" groups tokens H/ph rows and W/pw columns apart.
+    ValueError if part does not divide (H, W). Source: MaxViT, arXiv 2204.01697.
+    """
+    B, H, W, C = x.shape
+    ph, pw = part
+    if H % ph or W % pw:
+        raise ValueError(f"partition: map {H}x{W} is not a multiple of part {ph}x{pw}; pad the frame first")
+    return rearrange(x, f"{LAYOUT[mode]} -> {GROUPS}", ph=ph, pw=pw)
+
+
+def unpartition(x, part, mode, hw):
+    """Inverse of `partition`: groups (G, ph * pw, C) -> map (B, H, W, C) with hw = (H, W)."""
+    ph, pw = part
+    return rearrange(x, f"{GROUPS} -> {LAYOUT[mode]}", ph=ph, pw=pw, nh=hw[0] // ph, nw=hw[1] // pw)
+
+
+class LayerScale(nn.Module):
+    """Learned factor per channel, from 1e-5. Source: CaiT, arXiv 2103.17239."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class PartitionAttention(nn.Module):
+    """Self-attention and MLP inside windows or grids of a map (B, H, W, C), each with pre-norm, scale and residual."""
+
+    def __init__(self, dim, dim_head, part, mode, first_norm):
+        super().__init__()
+        self.part, self.mode, self.dim_head = part, mode, dim_head
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5) if first_norm else nn.Identity()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.scale1 = LayerScale(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+        self.scale2 = LayerScale(dim)
+
+    def attend(self, x):
+        qkv = rearrange(self.qkv(x), "g n (heads d) -> g heads n d", d=3 * self.dim_head)  # [q | k | v] per head
+        x = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        return self.proj(rearrange(x, "g heads n d -> g n (heads d)"))
+
+    def forward(self, x):
+        hw = x.shape[1:3]
+        x = partition(x, self.part, self.mode)  # stays in groups through attention and MLP
+        x = x + self.scale1(self.attend(self.norm1(x)))
+        x = x + self.scale2(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        return unpartition(x, self.part, self.mode, hw)
+
+
+class LSTMCell(nn.Module):
+    """LSTM whose gates are 1x1 convolutions of a map: every position has a memory of its own.
+
+    x (B, H, W, C), h and c like x, c in float32 -> h, c. Gate order: forget, input, output, cell input.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gates = nn.Linear(2 * dim, 4 * dim)
+
+    def forward(self, x, h, c):
+        C = x.shape[-1]
+        mix = self.gates(torch.cat((x, h), dim=-1))
+        f, i, o = mix[..., :3 * C].sigmoid().chunk(3, dim=-1)
+        c = f * c + i * mix[..., 3 * C:].tanh()
+        return (o * c.tanh()).to(mix.dtype), c
+
+
+class Stage(nn.Module):
+    """Downsampling, window and grid attention on all frames at once, then an LSTM over time.
+
+    x (T, B, C_in, H, W), h and c (B, H/f, W/f, C)  ->  features (T, B, C, H/f, W/f) and the next h and c
+    """
+
+    def __init__(self, dim_in, dim, factor, part, dim_head, checkpointing):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.conv = nn.Conv2d(dim_in, dim, 2 * factor - 1, stride=factor, padding=factor - 1, bias=False)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.attention = nn.Sequential(PartitionAttention(dim, dim_head, part, "window", first_norm=False),
+                                       PartitionAttention(dim, dim_head, part, "grid", first_norm=True))
+        self.lstm = LSTMCell(dim)
+
+    def forward(self, x, h, c):
+        T, B = x.shape[:2]
+        x = self.conv(x.flatten(0, 1))
+        dtype = x.dtype  # what autocast computes in
+        x = self.norm(x.permute(0, 2, 3, 1))  # (T * B, H, W, C)
+        if self.checkpointing and torch.is_grad_enabled():
+            # one time step after the other: what is recomputed at once is a T-th
+            for block in self.attention:
+                x = torch.cat([recompute(block, part) for part in x.split(B)])
+        else:
+            x = self.attention(x)
+        x, h, features = x.to(dtype), h.to(dtype), []
+        for x_t in x.unflatten(0, (T, B)).unbind():
+            if self.checkpointing and torch.is_grad_enabled():
+                h, c = recompute(self.lstm, x_t, h, c)
+            else:
+                h, c = self.lstm(x_t, h, c)
+            features.append(h)
+        return torch.stack(features).permute(0, 1, 4, 2, 3), h.float(), c
+
+
+# ---- pyramid
+
+class Conv(nn.Module):
+    """Convolution + batch norm + SiLU, same size over the stride."""
+
+    def __init__(self, dim_in, dim_out, kernel=1, stride=1, dilation=1):
+        super().__init__()
+        self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
+        self.bn = nn.BatchNorm2d(dim_out)
+
+    def forward(self, x):
+        return F.silu(self.bn(self.conv(x)))
+
+
+class CSP(nn.Module):
+    """Cross-stage partial layer: bottlenecks on one half of the channels, the other half goes round them.
+
+    x (N, C_in, H, W) -> (N, C_out, H, W). Source: CSPNet, arXiv 1911.11929, as in YOLOX.
+    """
+
+    def __init__(self, dim_in, dim_out, depth):
+        super().__init__()
+        half = dim_out // 2
+        self.conv1 = Conv(dim_in, half)
+        self.conv2 = Conv(dim_in, half)
+        self.conv3 = Conv(2 * half, dim_out)
+        self.m = nn.Sequential(*[nn.Sequential(Conv(half, half), Conv(half, half, 3)) for _ in range(depth)])
+
+    def forward(self, x):
+        return self.conv3(torch.cat((self.m(self.conv1(x)), self.conv2(x)), dim=1))
+
+
+class PAFPN(nn.Module):
+    """Path-aggregation pyramid over L neighbouring scales, finest first: list of (N, C_i, H_i, W_i) -> the same shapes.
+
+    Source: PANet, arXiv 1803.01534, as in YOLOX.
+    """
+
+    def __init__(self, dims, depth, checkpointing):
+        super().__init__()
+        depth, pairs = round(3 * depth), list(zip(dims, dims[1:]))  # (finer, coarser) widths
+        self.checkpointing = checkpointing
+        self.lateral = nn.ModuleList(Conv(coarse, fine) for fine, coarse in pairs)
+        self.top_down = nn.ModuleList(CSP(2 * fine, fine, depth) for fine, _ in pairs)
+        self.down = nn.ModuleList(Conv(fine, fine, 3, stride=2) for fine, _ in pairs)
+        self.bottom_up = nn.ModuleList(CSP(2 * fine, coarse, depth) for fine, coarse in pairs)
+
+    def forward(self, features):
+        def run(module, level, x):  # the two finest levels hold most of the activations
+            return recompute(module, x) if self.checkpointing and level < 2 and torch.is_grad_enabled() else module(x)
+
+        x, laterals, outputs = features[-1], [], []
+        for i in reversed(range(len(self.lateral))):
+            laterals.append(run(self.lateral[i], i + 1, x))
+            x = F.interpolate(laterals[-1], scale_factor=2, mode="nearest-exact")
+            x = run(self.top_down[i], i, torch.cat((x, features[i]), dim=1))
+        outputs.append(x)
+        for i in range(len(self.down)):
+            x = run(self.down[i], i, x)
+            x = run(self.bottom_up[i], i + 1, torch.cat((x, laterals.pop()), dim=1))
+            outputs.append(x)
+        return outputs
+
+
+# ---- attention for small objects
+
+class MultiScaleSpatialAttention(nn.Module):
+    """x (N, C, H, W) -> x * a + x, with one map a (N, 1, H, W) in 0..1 from convolutions of three dilations."""
+
+    def __init__(self, dim):
+        super().__init__()
+        width = max(1, dim // 3)
+        self.scales = nn.ModuleList(Conv(dim, width, 3, dilation=d) for d in (1, 2, 4))
+        self.squeeze = Conv(3 * width, max(1, 3 * width // 4))
+        self.map = nn.Conv2d(max(1, 3 * width // 4), 1, 1)
+
+    def forward(self, x):
+        a = torch.cat([scale(x) for scale in self.scales], dim=1)
+        return x * self.map(self.squeeze(a)).sigmoid() + x
+
+
+class EventTemporalAttention(nn.Module):
+    """Adds what three successive frames have in common where the last two differ, channel by channel.
+
+    x (T, B, C, H, W), past (B, 2, C, H, W): the two frames before the first (zeros at a start)  ->  like x, next past
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.time = nn.Conv3d(dim, dim, (3, 1, 1), bias=False)
+        self.bn = nn.BatchNorm3d(dim)
+        self.motion = nn.Conv2d(2 * dim, 1, 3, padding=1)
+        self.channel = nn.Sequential(nn.Linear(dim, max(1, dim // 4)), nn.ReLU(), nn.Linear(max(1, dim // 4), dim))
+
+    def forward(self, x, past):
+        T = x.shape[0]
+        frames = torch.cat((past.to(x.dtype).transpose(0, 1), x))  # (T + 2, B, C, H, W)
+        u = self.bn(self.time(frames.permute(1, 2, 0, 3, 4))).permute(2, 0, 1, 3, 4)  # (T, B, C, H, W)
+        pairs = torch.cat((x, frames[1:T + 1]), dim=2).flatten(0, 1)
+        m = self.motion(pairs).sigmoid().unflatten(0, x.shape[:2])  # (T, B, 1, H, W)
+        v = self.channel(u.mean((-2, -1))).sigmoid()[..., None, None]  # (T, B, C, 1, 1)
+        return x + u * m * v, frames[T:].transpose(0, 1).float()
+
+
+class SmallObjectAttention(nn.Module):
+    """Spatial, then temporal attention, then a convolution that joins them: x (T, B, C, H, W), past -> like x, past."""
+
+    def __init__(self, dim, spatial, temporal):
+        super().__init__()
+        self.spatial = MultiScaleSpatialAttention(dim) if spatial else None
+        self.temporal = EventTemporalAttention(dim) if temporal else None
+        self.join = Conv(dim, dim) if spatial and temporal else None
+
+    def forward(self, x, past):
+        TB = x.shape[:2]
+        if self.spatial is not None:
+            x = self.spatial(x.flatten(0, 1)).unflatten(0, TB)
+        if self.temporal is not None:
+            x, past = self.temporal(x, past)
+        if self.join is not None:
+            x = self.join(x.flatten(0, 1)).unflatten(0, TB)
+        return x, past
+
+
+class ScaleAwareChannelAttention(nn.Module):
+    """Squeeze-and-excitation of x (N, C, H, W), stronger from the start at small strides. Source: arXiv 1709.01507."""
+
+    def __init__(self, dim, stride):
+        super().__init__()
+        hidden = max(1, dim // (16 if stride <= 8 else 8))
+        self.fc = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        nn.init.constant_(self.fc[-1].bias, 1.0 if stride <= 8 else 0.0)
+
+    def forward(self, x):
+        return x * self.fc(x.mean((-2, -1))).sigmoid()[..., None, None]
+
+
+# ---- head and detector
+
+class Head(nn.Module):
+    """Decoupled YOLOX head of one level: x (N, C, H, W) -> (N, H * W, 4 + 1 + K): box offsets, objectness, classes.
+
+    Source: YOLOX, arXiv 2107.08430. Class and objectness biases start at a probability of 0.01.
+    """
+
+    def __init__(self, dim_in, dim, num_classes, checkpointing):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.stem = Conv(dim_in, dim)
+        self.cls_convs = nn.Sequential(Conv(dim, dim, 3), Conv(dim, dim, 3))
+        self.reg_convs = nn.Sequential(Conv(dim, dim, 3), Conv(dim, dim, 3))
+        self.cls_pred = nn.Conv2d(dim, num_classes, 1)
+        self.reg_pred = nn.Conv2d(dim, 4, 1)
+        self.obj_pred = nn.Conv2d(dim, 1, 1)
+        for pred in (self.cls_pred, self.obj_pred):
+            nn.init.constant_(pred.bias, -math.log(99))
+
+    def forward(self, x):
+        def run(module, x):
+            return recompute(module, x) if self.checkpointing and torch.is_grad_enabled() else module(x)
+
+        x = run(self.stem, x)
+        cls, reg = run(self.cls_convs, x), run(self.reg_convs, x)
+        out = torch.cat((self.reg_pred(reg), self.obj_pred(reg), self.cls_pred(cls)), dim=1)
+        return out.flatten(2).transpose(1, 2)
+
+
+def reset_state(state, is_first):
+    """State with the rows of new sequences set to zero. is_first (B,) bool, on the state's device."""
+    return [s.masked_fill(is_first.view(-1, *[1] * (s.ndim - 1)), 0) for s in state]
+
+
+class Detector(nn.Module):
+    """The whole network. `config` holds its resolved ModelConfig."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config = config.resolved()
+        dims = [config.embed_dim * 2 ** k for k in range(4)]
+        self.padded_hw, part = config.padded_hw(config.partition_split), config.part(config.partition_split)
+        deepest, again = config.fpn_stages[-1], config.checkpointing
+        self.stages = nn.ModuleList(
+            Stage(dims[k - 1] if k else 20, dims[k], 2 if k else config.patch_size, part, config.dim_head, again)
+            for k in range(deepest))
+        dims = [dims[k - 1] for k in config.fpn_stages]
+        self.fpn = PAFPN(dims, config.fpn_depth, again)
+        self.heads = nn.ModuleList(Head(dim, dims[-1] // 4, config.num_classes, again and level < 2)
+                                   for level, dim in enumerate(dims))
+        if config.small_object_attention:
+            self.attention = nn.ModuleList(
+                SmallObjectAttention(dim, config.attention_spatial, config.attention_temporal) for dim in dims[:2])
+            self.channel_attention = nn.ModuleList(
+                ScaleAwareChannelAttention(dim, stride) for dim, stride in zip(dims, config.strides))
+        grids = []
+        for stride in config.strides:
+            y, x = torch.meshgrid(*[torch.arange(size // stride) for size in self.padded_hw], indexing="ij")
+            grids.append(torch.stack((x, y, torch.full_like(x, stride)), dim=-1).flatten(0, 1))
+        self.register_buffer("grid", torch.cat(grids).float(), persistent=False)  # (A, 3) cell x, cell y, stride
+        self.to(memory_format=torch.channels_last)
+
+    def initial_state(self, B):
+        """Zeros for B new streams: h and c (B, H_k, W_k, C_k) per stage, then the attention's past (B, 2, C, H, W)."""
+        config, shapes = self.config, []
+        def hw(k):
+            return [size // (config.patch_size * 2 ** k) for size in self.padded_hw]
+        for k in range(len(self.stages)):
+            shapes += [(B, *hw(k), config.embed_dim * 2 ** k)] * 2
+        if config.small_object_attention and config.attention_temporal:
+            shapes += [(B, 2, config.embed_dim * 2 ** (k - 1), *hw(k - 1)) for k in config.fpn_stages[:2]]
+        return [torch.zeros(shape, device=self.grid.device) for shape in shapes]
+
+    def backbone(self, events, state):
+        """events (T, B, 20, H, W), state -> a feature map (T, B, C, H, W) for each of fpn_stages, next h and c."""
+        (T, B), (H, W) = events.shape[:2], events.shape[-2:]
+        if (H, W) != self.config.input_hw:
+            raise ValueError(f"event frames are {H}x{W} but this detector was built for "
+                             f"{self.config.input_hw[0]}x{self.config.input_hw[1]} (input_hw)")
+        device = events.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.stages[0].conv.weight.dtype
+        x = F.pad(events.flatten(0, 1), (0, self.padded_hw[1] - W, 0, self.padded_hw[0] - H))
+        x = x.to(dtype, memory_format=torch.channels_last).unflatten(0, (T, B))
+        features, following = [], []
+        for k, stage in enumerate(self.stages):
+            x, h, c = stage(x, state[2 * k], state[2 * k + 1])
+            features.append(x)
+            following += [h, c]
+        return [features[k - 1] for k in self.config.fpn_stages], following
+
+    def pyramid(self, features, state, index):
+        """Feature maps (T, B, C, H, W) -> pyramid maps (N, C, H, W) of the flat frames `index`, next attention state.
+
+        With attention for small objects every frame passes the pyramid, since the attention looks back in time.
+        """
+        TB, following = features[0].shape[:2], []
+        features = [f.flatten(0, 1) for f in features]
+        if not self.config.small_object_attention:
+            return self.fpn([f if index is None else f[index] for f in features]), following
+        features = self.fpn(features)
+        for level, module in enumerate(self.attention):
+            x, past = module(features[level].unflatten(0, TB), state[level] if state else None)
+            features[level] = x.flatten(0, 1)
+            following += [past] if state else []
+        features = [module(f) for module, f in zip(self.channel_attention, features)]
+        return [f if index is None else f[index] for f in features], following
+
+    def forward(self, events, state=None, frames=None):
+        """Predictions for the chosen frames and the state after the last frame.
+
+        events (T, B, 20, H, W) uint8 or float; state: list of tensors with leading dim B, or None for new streams;
+        frames: which frames run pyramid and head: (T, B) bool on the CPU, or their flat indices t * B + b, int64 (N,)
+        on the events' device (what torch.compile needs), or None for all.
+        -> Prediction(box_cxcywh (N, A, 4) pixels, obj (N, A) and cls (N, A, K) logits, grid (A, 3) cell x, cell y,
+        stride) in float32, N = chosen frames in (t, b) order, anchors level by level, finest first, row-major.
+        ValueError if the frames are of another size than the detector was built for.
+        """
+        if frames is not None and frames.dtype == torch.bool:
+            frames = frames.flatten().nonzero().flatten().to(events.device, non_blocking=True)
+        state = self.initial_state(events.shape[1]) if state is None else state
+        features, following = self.backbone(events, state)
+        features, past = self.pyramid(features, state[len(following):], frames)
+        out = torch.cat([head(f) for head, f in zip(self.heads, features)], dim=1).float()  # (N, A, 4 + 1 + K)
+        stride = self.grid[:, 2:]
+        box = torch.cat(((out[..., :2] + self.grid[:, :2]) * stride, out[..., 2:4].exp() * stride), dim=-1)
+        return Prediction(box, out[..., 4], out[..., 5:], self.grid), following + past
+
+
+# ---- checkpoints
+
+def read_checkpoint(path):
+    """Contents of a checkpoint file (ours or RVT's) on the CPU, read without running code.
+
+    ValueError in one line: no such file, truncated, no checkpoint, or holding objects that only unpickling could make.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path}: not a checkpoint, or truncated") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{path}: holds more than weights ({found[1] if found else 'a pickled object'}) and is not loaded, since "
+            f"that could run code. If you trust its source, convert it once: python -c \"import torch; c = torch.load("
+            f"'{path}', weights_only=False); torch.save({{'state_dict': c['state_dict']}}, 'converted.ckpt')\"") from error
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint, or truncated ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or not ({"model", "model_config"} <= set(checkpoint) or
+                                                isinstance(checkpoint.get("state_dict"), dict)):
+        raise ValueError(f"{path}: a file of torch, but no checkpoint of nanoRVT or RVT (no 'model' or 'state_dict')")
+    return checkpoint
+
+
+RVT_NAMES = [  # (RVT's name, ours) as regular expressions, applied in turn
+    (r"^backbone\.", ""), (r"\.downsample_cf2cl\.", "."), (r"\.att_blocks\.0\.att_window\.", ".attention.0."),
+    (r"\.att_blocks\.0\.att_grid\.", ".attention.1."), (r"\.self_attn\.", "."), (r"\.ls(\d)\.", r".scale\1."),
+    (r"\.mlp\.net\.0\.0\.", ".fc1."), (r"\.mlp\.net\.2\.", ".fc2."), (r"\.lstm\.conv1x1\.", ".lstm.gates."),
+    (r"^fpn\.lateral_conv0\.", "fpn.lateral.1."), (r"^fpn\.reduce_conv1\.", "fpn.lateral.0."),
+    (r"^fpn\.C3_p4\.", "fpn.top_down.1."), (r"^fpn\.C3_p3\.", "fpn.top_down.0."),
+    (r"^fpn\.bu_conv2\.", "fpn.down.0."), (r"^fpn\.bu_conv1\.", "fpn.down.1."),
+    (r"^fpn\.C3_n3\.", "fpn.bottom_up.0."), (r"^fpn\.C3_n4\.", "fpn.bottom_up.1."),
+    (r"(\.m\.\d+)\.conv1\.", r"\1.0."), (r"(\.m\.\d+)\.conv2\.", r"\1.1."),
+    (r"^yolox_head\.(stem|cls_pred|reg_pred|obj_pred)s\.(\d)\.", r"heads.\2.\1."),
+    (r"^yolox_head\.(cls|reg)_convs\.(\d)\.", r"heads.\2.\1_convs."),
+]
+
+
+def load_weights(model, weights, where):
+    """Copy a state dict into `model`; ValueError names what is missing, left over or of another shape."""
+    own = model.state_dict()
+    shape = {key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape}
+    wrong = [f"{key} ({what})" for what, keys in
+             (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys()),
+              ("other shape", shape)) for key in sorted(keys)]
+    if wrong:
+        raise ValueError(f"{where}: weights do not fit this architecture: {', '.join(wrong[:4])}"
+                         + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+    model.load_state_dict(weights)
+    return model
+
+
+def load_rvt(path, **overrides):
+    """Detector with the weights of a Lightning checkpoint of RVT or its eTraM fork; RVT's name for each is mapped to ours.
+
+    embed_dim, patch_size, fpn_depth and num_classes are read off the weights; input_hw, partition_split and dim_head
+    come as overrides, since no weight tells them. ValueError names every weight that is unmatched.
+    """
+    weights = {key[4:]: value for key, value in read_checkpoint(path).get("state_dict", {}).items()
+               if key.startswith("mdl.") and isinstance(value, torch.Tensor)}
+    try:
+        stem = weights["backbone.stages.0.downsample_cf2cl.conv.weight"]
+        bottlenecks = len({key.split(".")[3] for key in weights if key.startswith("fpn.C3_p4.m.")})
+        found = dict(embed_dim=stem.shape[0], patch_size=(stem.shape[2] + 1) // 2, fpn_depth=round(bottlenecks / 3, 2),
+                     num_classes=weights["yolox_head.cls_preds.0.weight"].shape[0])
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{path}: no checkpoint of RVT: weight {error} is missing") from error
+    model = Detector(ModelConfig(**{**found, **overrides}))
+    renamed = {}
+    for key, value in weights.items():
+        for pattern, name in RVT_NAMES:
+            key = re.sub(pattern, name, key)
+        if key.endswith("lstm.gates.weight"):
+            value = value.flatten(1)  # a 1x1 convolution is a linear layer
+        renamed[key] = value.float() if value.is_floating_point() else value
+    return load_weights(model, renamed, path)
