@@ -79,15 +79,16 @@ class ModelConfig:
 
 @contextmanager
 def frozen_statistics(module):
-    """Batch norms of `module` normalise by the batch as ever, but leave their running statistics alone."""
+    """Batch norms of `module` normalise by the batch as ever, but move a throw-away copy of their running statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [dict(m._buffers) for m in norms]
     for m in norms:
-        m.track_running_stats = False
+        m._buffers.update({name: value.clone() for name, value in m._buffers.items()})
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, buffers in zip(norms, kept):
+            m._buffers.update(buffers)
 
 
 def recompute(module, *args):
@@ -453,14 +454,14 @@ class Detector(nn.Module):
         TB, following = features[0].shape[:2], []
         features = [f.flatten(0, 1) for f in features]
         if not self.config.small_object_attention:
-            return self.fpn([f if index is None else f[index] for f in features]), following
+            return self.fpn([f if index is None else f.index_select(0, index) for f in features]), following
         features = self.fpn(features)
         for level, module in enumerate(self.attention):
             x, past = module(features[level].unflatten(0, TB), state[level] if state else None)
             features[level] = x.flatten(0, 1)
             following += [past] if state else []
         features = [module(f) for module, f in zip(self.channel_attention, features)]
-        return [f if index is None else f[index] for f in features], following
+        return [f if index is None else f.index_select(0, index) for f in features], following
 
     def forward(self, events, state=None, frames=None):
         """Predictions for the chosen frames and the state after the last frame.
