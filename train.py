@@ -1,0 +1,434 @@
+"""Train a detector: one loop that reads from top to bottom.
+
+In: a config (the globals below and ModelConfig's fields, overridden by a Python file and --key=value) and a prepared
+data set. Out, in out_dir: ckpt.pt (last), best.pt (best validation AP), log.csv, curves.png, config.py (run it again).
+
+    python train.py configs/toy.py                                   one process
+    torchrun --nproc_per_node=2 train.py configs/baseline_3scale.py  data parallel, also over nodes
+    python train.py --out_dir=out --init_from=resume                 go on as if never stopped
+"""
+
+import csv
+import dataclasses
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+from configurator import command_line, configure, dump
+from loss import SizeAware, detection_loss
+from model import Detector, ModelConfig, keep_buffers, load_rvt, load_weights, read_checkpoint, reset_state
+
+# ---- files
+out_dir = "out"
+data_dir = "datasets/toy"           # a prepared data set; the default is simulated at first use
+class_names = ()                    # names by class id, for data sets without a dataset.json
+init_from = "scratch"               # scratch | resume (out_dir/ckpt.pt) | a path to weights, ours or RVT's
+# ---- what a batch is
+sampling = "stream"                 # stream | random | mixed
+mixed_stream = 1.0                  # slots of a mixed batch, stream : random
+mixed_random = 1.0
+sequence_length = 5                 # T, frames of 50 ms per training step (truncated back-propagation)
+batch_size = 6                      # B, streams in a micro-batch of one process
+gradient_accumulation_steps = 1     # micro-batches in a step, each a group of streams with states of its own
+num_workers = 2                     # loader processes; 0: load in the training process
+flip = 0.5                          # probability of a horizontal flip
+zoom_stream = 0.5                   # probability that a run is zoomed out
+zoom_random = 0.8                   # probability that a random window is zoomed, in or out
+zoom_in_share = 0.8                 # ... and of these the share zoomed in
+zoom_in_max = 1.5                   # factors are drawn between 1 and these
+zoom_out_max = 1.2
+# ---- size-aware loss
+size_aware_loss = False
+size_aware_weight = 2.0             # weight of the smallest boxes
+small_threshold = 1024.0            # area in input pixels^2; 0: the data set's lower tercile
+medium_threshold = 9216.0           # area in input pixels^2; 0: the data set's upper tercile
+weight_type = "exponential"         # exponential | linear | step
+size_aware_terms = ("iou",)         # iou, cls (a focal class term), or both
+# ---- optimiser
+max_steps = 100_000
+learning_rate = 1.7e-4              # peak: RVT's 2e-4 * sqrt(batch / 8)
+weight_decay = 0.0
+grad_clip = 1.0                     # 0: off
+grad_clip_by = "value"              # value (RVT) | norm
+# ---- intervals, in steps
+eval_interval = 3500
+log_interval = 100
+checkpoint_interval = 1000
+eval_batch_size = 2
+# ---- machine
+seed = 0
+device = "auto"                     # auto | cpu | cuda | cuda:1
+dtype = "auto"                      # auto | float32 | bfloat16 | float16; auto: bfloat16 on a GPU that is fast in it
+compile = True                      # torch.compile, on CUDA only
+max_memory_gib = 0.0                # stop when the peak (GPU allocator; on a CPU the process) passes this; 0: never
+# ---- when to give up
+max_bad_steps = 20                  # steps in a row with a non-finite loss or gradient (each is skipped)
+max_loss_ratio = 10.0               # the smoothed loss above this times its minimum ...
+patience = 1000                     # ... for so many steps in a row; 0: never
+# ---- Weights & Biases, optional
+wandb_log = False
+wandb_project = "nanorvt"
+wandb_group = ""
+wandb_run_name = "run"
+
+defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
+defaults |= {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+
+LOSSES = ("loss", "iou", "obj", "cls", "num_fg")
+MEANS = (*LOSSES, "grad_norm")  # logged as means over an interval
+COLUMNS = ("step", *MEANS, "lr", "AP", "AP50", "frames_per_s", "data_wait", "peak_gib")
+
+
+def check(config):
+    """ValueError for values that cannot work together, before any work is done."""
+    for key in ("max_steps", "eval_interval", "log_interval", "checkpoint_interval", "eval_batch_size", "max_bad_steps",
+                "size_aware_weight"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"{key}={getattr(config, key)}: expected at least 1")
+    for key, known in (("weight_type", ("exponential", "linear", "step")), ("grad_clip_by", ("value", "norm")),
+                       ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+        if getattr(config, key) not in known:
+            raise ValueError(f"{key}={getattr(config, key)!r}: expected {' or '.join(known)}")
+    if not config.size_aware_terms or set(config.size_aware_terms) - {"iou", "cls"}:
+        raise ValueError(f"size_aware_terms={config.size_aware_terms}: expected iou, cls or both")
+    if min(config.small_threshold, config.medium_threshold) and config.small_threshold >= config.medium_threshold:
+        raise ValueError(f"small_threshold={config.small_threshold:g} must be below medium_threshold="
+                         f"{config.medium_threshold:g} (areas in input pixels^2; 0: taken from the data)")
+
+
+def learning_rate_at(step, max_steps, peak):
+    """One cycle, linear: from peak / 20 up over the first 0.5% of the steps, then down to peak / 10000.
+
+    Source: RVT's settings of Smith & Topin 2017, arXiv 1708.07120; any number of steps.
+    """
+    top = max(0.005 * max_steps - 1, 0)
+    if step < top:
+        return peak * (1 + 19 * step / top) / 20
+    return peak + (peak / 10_000 - peak) * (step - top) / max(max_steps - 1 - top, 1)
+
+
+def save_atomically(contents, path):
+    """torch.save to a temporary file, flushed and then renamed: `path` is whole, old or new, whatever happens."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path}: not written, the one before is intact ({error}); is the disk full?") from error
+
+
+def write_log(out_dir, rows):
+    """log.csv, written anew from all rows, so that a resumed run has none from after its checkpoint."""
+    path = os.path.join(out_dir, "log.csv")
+    with open(f"{path}.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{path}.tmp", path)
+
+
+def draw_curves(out_dir, rows):
+    """curves.png: losses, validation scores and the health of the run over the steps of `rows`."""
+    from matplotlib.figure import Figure
+    figure = Figure((15, 4), layout="constrained")
+    panels = (("training loss", LOSSES[:4], "log"), ("validation, class mean, all boxes", ("AP", "AP50"), "linear"),
+              ("gradient norm, matched anchors per box", ("grad_norm", "num_fg"), "log"))
+    for axes, (title, keys, scale) in zip(figure.subplots(1, 3), panels):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if row[key] != ""]
+            axes.plot(*zip(*points) if points else ((), ()), "o-" if key[:2] == "AP" else "-", label=key)
+        axes.set(title=title, xlabel="step", yscale=scale)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(os.path.join(out_dir, "curves.png"), dpi=80)
+
+
+def peak_gib(device):
+    """Peak memory so far: what the allocator held on a GPU, the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def resolve_device(config):
+    """(device, dtype) of config's "auto"; ValueError where the machine has no such device."""
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={config.device!r}: this machine, or this torch, has no CUDA; use --device=cpu")
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
+    if config.dtype != "auto":
+        return device, getattr(torch, config.dtype)
+    if device.type != "cuda":
+        return device, torch.float32
+    return device, torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def build(config, input_hw, num_classes, checkpoint):
+    """Detector for the data at hand, with the weights that init_from names; `checkpoint`: what to resume, or None."""
+    if config.input_hw not in ((0, 0), input_hw):
+        raise ValueError(f"input_hw={config.input_hw}, but the frames of {config.data_dir} are {input_hw}; leave it out")
+    keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    keys |= dict(input_hw=input_hw, num_classes=num_classes)
+    found = checkpoint or (read_checkpoint(config.init_from) if config.init_from != "scratch" else {})
+    if "state_dict" in found:
+        told = {key: keys[key] for key in ("input_hw", "partition_split", "dim_head", "checkpointing")}
+        model = load_rvt(config.init_from, **told)
+        if model.config.num_classes != num_classes:
+            raise ValueError(f"{config.init_from}: {model.config.num_classes} classes, but the data has {num_classes}")
+        return model
+    model = Detector(ModelConfig(**keys))
+    return load_weights(model, found["model"], config.init_from) if found else model
+
+
+class Forward(torch.nn.Module):
+    """Model and loss as one graph for torch.compile: only the number of labelled frames and of boxes varies."""
+
+    def __init__(self, model, size_aware):
+        super().__init__()
+        self.model, self.size_aware = model, size_aware
+
+    def forward(self, events, state, index, targets):
+        prediction, state = self.model(events, state, index)
+        return detection_loss(prediction, targets, self.size_aware), [s.detach() for s in state]
+
+
+def train(config, checkpoint=None):
+    """Run the training of `config` (a namespace with the keys of `defaults`), from `checkpoint` if one is resumed.
+
+    Returns the exit status: 0 when done or stopped by SIGTERM, 130 by Ctrl-C. ValueError for what a user can mend.
+    """
+    check(config)
+    keep_buffers()
+    device, dtype = resolve_device(config)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = print if rank == 0 else lambda *args: None
+    torch.manual_seed(config.seed)
+
+    # data
+    if rank == 0 and config.data_dir == defaults["data_dir"]:
+        from simulate import ensure_toy
+        ensure_toy(config.data_dir)
+    if world > 1:
+        dist.barrier()
+    names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
+    sequences, validation = (data.open_split(config.data_dir, split, len(names)) for split in ("train", "val"))
+    if not min(config.small_threshold, config.medium_threshold):
+        small, medium = data.size_thresholds(sequences)
+        config.small_threshold, config.medium_threshold = config.small_threshold or small, config.medium_threshold or medium
+        check(config)
+    groups, B = config.gradient_accumulation_steps, config.batch_size
+    train_data = data.TrainData(sequences, rank=rank, world_size=world, **{key: getattr(config, key) for key in (
+        "seed", "sampling", "sequence_length", "batch_size", "gradient_accumulation_steps", "mixed_stream", "mixed_random",
+        "flip", "zoom_stream", "zoom_random", "zoom_in_share", "zoom_in_max", "zoom_out_max")})
+
+    # model, optimiser
+    model = build(config, sequences[0].hw, len(names), checkpoint).to(device)
+    vars(config).update(dataclasses.asdict(model.config), class_names=names)  # what was derived goes on record
+    if world > 1 and device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    parameters = list(model.parameters())
+    statistics = [buffer for name, buffer in model.named_buffers() if name != "grid"]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay,
+                                  fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    forward = Forward(model, SizeAware(config.weight_type, config.size_aware_weight, config.small_threshold,
+                                       config.medium_threshold, config.size_aware_terms)
+                      if config.size_aware_loss else None)
+    compiled = config.compile and device.type == "cuda"
+    if compiled:
+        forward = torch.compile(forward)
+
+    # where the run stands
+    states = [model.initial_state(B) for _ in range(groups)]
+    at = dict(step=0, best=-1.0, bad=0, smoothed=0.0, lowest=math.inf, above=0, sums=[0.0] * len(MEANS), count=0)
+    rows = []
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"])
+        at, rows, streams = checkpoint["progress"], checkpoint["log"], checkpoint["states"]
+        if len(streams[0]) != world * groups * B:
+            raise ValueError(f"resume: the checkpoint holds {len(streams[0])} streams, but processes x accumulation x "
+                             f"batch_size is {world * groups * B} now; start it as it was started")
+        mine = [s[rank * groups * B:(rank + 1) * groups * B].to(device) for s in streams]
+        states = [list(parts) for parts in zip(*[s.split(B) for s in mine])]
+    os.makedirs(config.out_dir, exist_ok=True)
+    if rank == 0:
+        with open(os.path.join(config.out_dir, "config.py"), "w") as file:
+            file.write(f'"""python train.py {config.out_dir}/config.py"""\n\n' + dump(vars(config)))
+    say(dump(vars(config)) + f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; attention in groups of "
+        f"{model.config.part(model.config.partition_split)} tokens at {model.padded_hw}; strides {model.config.strides}; "
+        f"{len(sequences)} sequences, {train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
+    wandb = None
+    if config.wandb_log and rank == 0:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("wandb_log=True needs a package: pip install wandb") from None
+        wandb.init(project=config.wandb_project, group=config.wandb_group or None, name=config.wandb_run_name,
+                   config=vars(config))
+
+    def save(name):
+        """Everything that the run is, gathered from all processes, written by the first."""
+        streams = [torch.cat(parts) for parts in zip(*states)]
+        if world > 1:
+            parts = [[torch.empty_like(s) for _ in range(world)] for s in streams]
+            for part, s in zip(parts, streams):
+                dist.all_gather(part, s)
+            streams = [torch.cat(part) for part in parts]
+        if rank == 0:
+            save_atomically(dict(
+                model=model.state_dict(), model_config=dataclasses.asdict(model.config), config=vars(config),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=at["step"], progress=at, states=streams,
+                log=rows, rng=torch.get_rng_state()), os.path.join(config.out_dir, name))
+
+    stop = [0]  # the signal that asks for it
+
+    def on_signal(number, frame):
+        stop[0] = number
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    loader = data.make_loader(train_data, at["step"] * groups, config.num_workers, pin_memory=device.type == "cuda")
+    bar = tqdm(total=config.max_steps, initial=at["step"], disable=rank > 0, unit="step", dynamic_ncols=True, mininterval=1)
+    started, waited, gave_up = time.perf_counter(), 0.0, ""
+    model.train()
+    try:
+        while at["step"] < config.max_steps and not stop[0]:
+            lr = learning_rate_at(at["step"], config.max_steps, config.learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            before, states_before = [buffer.clone() for buffer in statistics], list(states)
+            sums = torch.zeros(len(MEANS) + 2, device=device)  # ..., states that are not finite, processes asked to stop
+            for a in range(groups):
+                waiting = time.perf_counter()
+                batch = next(loader)
+                waited += time.perf_counter() - waiting
+                events, rows_, cols, is_first, frames, targets = (
+                    x.to(device, non_blocking=True) if x is not batch.frames else x for x in batch[:6])
+                index = frames.flatten().nonzero().flatten().to(device, non_blocking=True)
+                for tensor in (index, targets) if compiled else ():
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                events, state = data.augment(events, rows_, cols), reset_state(states[a], is_first)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    losses, states[a] = forward(events, state, index, targets)
+                # a batch without boxes still runs everything, and weighs nothing
+                scaler.scale(losses["loss"] * (batch.has_boxes / groups)).backward()
+                sums[:5] += torch.stack([losses[key].detach() for key in LOSSES]) / groups
+                sums[6] += sum((~s.isfinite()).any() for s in states[a])
+            scaler.unscale_(optimizer)
+            gradients = [p.grad for p in parameters]
+            if world > 1:
+                sums[7] = float(stop[0] > 0)
+                flat = torch.cat([x.flatten() for x in (*gradients, sums)])
+                dist.all_reduce(flat)
+                *means, sums = (flat / world).split([x.numel() for x in (*gradients, sums)])
+                torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in zip(means, gradients)])
+            sums[5] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            *values, lost, asked = sums.tolist()  # the one synchronisation of a step
+            stop[0] = stop[0] or (signal.SIGTERM if asked else 0)
+            # gradients that overflow float16 are the scaler's business; anything else that is not finite skips the step
+            if math.isfinite(sum(values[:5])) and not lost and (math.isfinite(values[5]) or scaler.is_enabled()):
+                if config.grad_clip_by == "norm" and config.grad_clip:
+                    torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+                elif config.grad_clip:
+                    torch.nn.utils.clip_grad_value_(parameters, config.grad_clip)
+                scaler.step(optimizer)
+                scaler.update()
+                smoothed = 0.99 * at["smoothed"] + 0.01 * values[0] if at["smoothed"] else values[0]
+                lowest = min(at["lowest"], smoothed)
+                at |= dict(bad=0, smoothed=smoothed, lowest=lowest, count=at["count"] + 1,
+                           above=at["above"] + 1 if smoothed > config.max_loss_ratio * lowest else 0,
+                           sums=[x + y for x, y in zip(at["sums"], values)])
+            else:
+                at["bad"] += 1
+                wrong = [name for name, value in zip(MEANS, values) if not math.isfinite(value)] + ["state"] * bool(lost)
+                tqdm.write(f"step {at['step']}: {', '.join(wrong)} not finite, skipped ({at['bad']} in a row)")
+                torch._foreach_copy_(statistics, before)
+                states = states_before
+            optimizer.zero_grad(set_to_none=True)
+            at["step"] += 1
+            bar.update()
+
+            if at["bad"] >= config.max_bad_steps:
+                gave_up = f"{at['bad']} steps in a row were not finite; lower learning_rate, or use --dtype=float32"
+            elif config.patience and at["above"] >= config.patience:
+                gave_up = f"the loss diverged ({at['smoothed']:.3g}, its minimum was {at['lowest']:.3g}); lower learning_rate"
+            elif config.max_memory_gib and peak_gib(device) > config.max_memory_gib:
+                gave_up = f"peak memory {peak_gib(device):.2f} GiB passed max_memory_gib={config.max_memory_gib:g}; lower " \
+                          f"batch_size or sequence_length, or set --checkpointing=True"
+            if gave_up:
+                raise ValueError(f"step {at['step']}: {gave_up}. The last checkpoint in {config.out_dir} is kept")
+            step, evaluate = at["step"], at["step"] % config.eval_interval == 0 or at["step"] == config.max_steps
+            if step % config.log_interval == 0 or evaluate:
+                seconds, count = time.perf_counter() - started, max(at["count"], 1)
+                row = dict(step=step, **{key: round(x / count, 6) for key, x in zip(MEANS, at["sums"])}, lr=lr, AP="", AP50="",
+                           frames_per_s=round(config.sequence_length * B * groups * world * at["count"] / seconds, 2),
+                           data_wait=round(waited / seconds, 3), peak_gib=round(peak_gib(device), 3))
+                at |= dict(sums=[0.0] * len(MEANS), count=0)
+                rows.append(row)
+                bar.set_postfix(loss=row["loss"], fps=row["frames_per_s"])
+                for buffer in statistics if world > 1 and evaluate else ():
+                    dist.broadcast(buffer, 0)
+                if evaluate:
+                    found = evaluation.run(model, validation, config.eval_batch_size, config.sequence_length, device, dtype)
+                    scores = evaluation.score_boxes(*found, *model.config.input_hw, names)
+                    row |= dict(AP=scores["AP"], AP50=scores["AP50"])
+                    tqdm.write(f"step {step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (class mean, all boxes)")
+                if rank == 0:
+                    write_log(config.out_dir, rows)
+                if wandb:
+                    wandb.log({key: x for key, x in row.items() if x != ""}, step=step)
+                if evaluate and row["AP"] > at["best"]:
+                    at["best"] = row["AP"]
+                    save("best.pt")
+                started, waited = time.perf_counter(), 0.0
+            if step % config.checkpoint_interval == 0 or evaluate or stop[0]:
+                save("ckpt.pt")
+                if rank == 0:
+                    draw_curves(config.out_dir, rows)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"step {at['step']}: out of GPU memory with batch_size={B}, sequence_length="
+                         f"{config.sequence_length}, patch_size={config.patch_size}, checkpointing={config.checkpointing}; "
+                         f"lower batch_size (and raise gradient_accumulation_steps), or --checkpointing=True") from None
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    again = f"python train.py --out_dir={config.out_dir} --init_from=resume"
+    say(f"stopped at step {at['step']}; go on: {again}" if at["step"] < config.max_steps else
+        f"done, best AP {at['best']:.4f}; see {config.out_dir}/curves.png; next: python eval.py --ckpt "
+        f"{config.out_dir}/best.pt")
+    return 130 if stop[0] == signal.SIGINT else 0
+
+
+def main(argv):
+    config, checkpoint = configure(defaults, argv), None
+    if config["init_from"] == "resume":
+        path = os.path.join(config["out_dir"], "ckpt.pt")
+        checkpoint = read_checkpoint(path)
+        if "progress" not in checkpoint:
+            raise ValueError(f"{path}: weights without a training state; start from them with --init_from={path}")
+        config = configure({**defaults, **checkpoint["config"]}, argv)
+    sys.exit(train(SimpleNamespace(**config), checkpoint))
+
+
+if __name__ == "__main__":
+    command_line(main)
