@@ -99,21 +99,18 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
     p_cls, label = prediction.cls.sigmoid().max(-1)
     product = prediction.obj.sigmoid() * p_cls  # (N, A)
     frame, anchor = (product >= confidence).nonzero(as_tuple=True)
-    box = prediction.box_cxcywh[frame, anchor]
-    corners = torch.cat((box[:, :2] - box[:, 2:] / 2, box[:, :2] + box[:, 2:] / 2), dim=1)
-    columns = (product[frame, anchor], p_cls[frame, anchor], label[frame, anchor].float(), prediction.grid[anchor, 2])
-    found = torch.cat((corners, torch.stack(columns, dim=1)), dim=1)  # (candidates, 8)
+    box, rank = prediction.box_cxcywh[frame, anchor], p_cls if score == "cls" else product
+    columns = (product[frame, anchor], rank[frame, anchor], label[frame, anchor].float(), prediction.grid[anchor, 2])
+    found = torch.cat((box[:, :2] - box[:, 2:] / 2, box[:, :2] + box[:, 2:] / 2, torch.stack(columns, dim=1)), dim=1)
     counts = frame.bincount(minlength=len(product)).tolist()
     if max(counts, default=0) < 4096:  # a few hundred boxes are faster there than many small kernels
         found = found.cpu()
     out = []
-    for t, part in zip(t_us, found.split(counts)):
+    for t, part in zip(t_us, found.split(counts)):  # (candidates, 8)
         part = part[nms(part[:, :4], part[:, 4], part[:, 6], nms_iou)]
-        x1, y1, x2, y2, product, p_cls, label, stride = part.cpu().numpy().T
         boxes = np.zeros(len(part), DETECTION_DTYPE)
+        x1, y1, x2, y2, boxes["confidence"], boxes["class_confidence"], boxes["class_id"], boxes["stride"] = part.cpu().numpy().T
         boxes["t"], boxes["x"], boxes["y"], boxes["w"], boxes["h"] = t, x1, y1, x2 - x1, y2 - y1
-        boxes["class_id"], boxes["confidence"], boxes["stride"] = label, product, stride
-        boxes["class_confidence"] = p_cls if score == "cls" else product
         out.append(boxes)
     return out
 
@@ -378,58 +375,44 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
 # ---- report
 
 def report(labels, detections, height, width, class_names, small_classes=(), strides=(), **settings):
-    """All scores of a run, each row with its protocol, ready for JSON; undefined values are None.
+    """All scores of a run, each row under its protocol, ready for JSON; undefined values are None.
 
     labels, detections: as `run` returns them; strides: the model's, for a row on the detections of each alone.
-    -> "settings" (what was passed, number of frames and boxes, a fingerprint of the labels), "rows" (protocol, frames,
-    boxes, METRICS), "sizes" (boxes of each size and the share that the Prophesee filter removes), "curves" (per class
-    precision at recall 0, 0.04, ... 1, IoU 0.5, all boxes). ValueError: small_classes names an unknown class.
+    -> "settings" (what was passed, numbers of frames and boxes, a fingerprint of the labels), "sizes" (boxes of each
+    size, and the share that the Prophesee filter removes), "rows" ({protocol: frames, boxes, METRICS}), "curves" (per
+    class precision at recall 0, 0.04, ... 1 for IoU 0.5, all boxes). ValueError: small_classes names an unknown class.
     """
     if unknown := set(small_classes) - set(class_names):
         raise ValueError(f"small_classes: no class {', '.join(sorted(unknown))}; there are {', '.join(class_names)}")
-    group, rows, curves = small_classes or [name for name in class_names if name in SMALL], [], {}
+    group, rows, curves = small_classes or [name for name in class_names if name in SMALL], {}, {}
 
-    def add(protocol, result, frames):
-        values = {key: None if result[key] == -1 else round(result[key], 7) for key in METRICS}
-        rows.append({"protocol": protocol, "frames": frames, "boxes": result["boxes"], **values})
+    def add(protocol, box_filter, found=detections, class_agnostic=False, class_ids=None):
+        rows[protocol] = score_boxes(labels, found, height, width, class_names, box_filter, class_agnostic, class_ids)
+        return rows[protocol].pop("classes"), rows[protocol].pop("curves")
 
     for key, kind in FILTERS.items():
-        result = score_boxes(labels, detections, height, width, class_names, key)
-        frames, classes = result["frames"], result["classes"]
-        curves = curves or {name: curve[::4].round(3).tolist() for name, curve in result["curves"].items()}
-        add(f"class mean, {kind}", result, frames)
-        add(f"class-agnostic, {kind}", score_boxes(labels, detections, height, width, class_names, key, True), frames)
-        for name in class_names:
-            add(f"{name}, {kind}", classes[name], frames)
+        classes, curve = add(f"class mean, {kind}", key)
+        add(f"class-agnostic, {kind}", key, class_agnostic=True)
+        rows.update({f"{name}, {kind}": row for name, row in classes.items()})
+        members = [classes[name] for name in group]
         if group:
-            values = {m: [classes[name][m] for name in group if classes[name][m] > -1] for m in METRICS}
-            mean = {m: float(np.mean(v)) if v else -1 for m, v in values.items()}
-            boxes = sum(classes[name]["boxes"] for name in group)
-            add(f"small_classes ({', '.join(group)}), class mean, {kind}", {**mean, "boxes": boxes}, frames)
-    result = score_boxes(labels, detections, height, width, class_names, "prophesee", True, range(min(3, len(class_names))))
-    add("eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter", result, result["frames"])
+            rows[f"small_classes ({', '.join(group)}), class mean, {kind}"] = {**{
+                key: np.mean([row[key] for row in members if row[key] > -1] or -1) for key in METRICS},
+                "frames": members[0]["frames"], "boxes": sum(row["boxes"] for row in members)}
+        curves = curves or {name: precision[::4].round(3).tolist() for name, precision in curve.items()}
+    add("eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter", "prophesee", detections, True,
+        range(min(3, len(class_names))))
     for stride in strides:
-        level = [boxes[boxes["stride"] == stride] for boxes in detections]
-        result = score_boxes(labels, level, height, width, class_names)
-        add(f"detections of stride {stride} alone, class mean, all boxes", result, result["frames"])
-    everything = np.concatenate([*labels, np.zeros(0, BOX_DTYPE)])
-    area, left = (boxes["w"] * boxes["h"] for boxes in (everything, prophesee_filter(everything, width)))
-    sizes = {}
+        add(f"detections of stride {stride} alone, class mean, all boxes", "none",
+            [boxes[boxes["stride"] == stride] for boxes in detections])
+    for row in rows.values():
+        row.update({key: None if row[key] == -1 else round(float(row[key]), 7) for key in METRICS})
+
+    everything, sizes = np.concatenate([*labels, np.zeros(0, BOX_DTYPE)]), {}
+    area, left = ((boxes["w"] * boxes["h"]).astype(float) for boxes in (everything, prophesee_filter(everything, width)))
     for name, (low, high) in SIZES.items():
         before, after = (int(((a >= low) & (a <= high)).sum()) for a in (area, left))
-        sizes[name] = {"boxes": before, "filter_removes": round(1 - after / before, 4) if before else None}
-    data = hashlib.sha256(b"".join(boxes[name].tobytes() for boxes in labels for name in BOX_DTYPE.names[:6]))
+        sizes[name] = {"boxes": before, "removed": round(1 - after / before, 4) if before else None}
+    print_of_labels = hashlib.sha256(everything[["t", "x", "y", "w", "h", "class_id"]].tobytes()).hexdigest()[:12]
     return {"settings": {**settings, "resolution": [height, width], "classes": list(class_names), "frames": len(labels),
-                         "boxes": len(everything), "labels": data.hexdigest()[:12]},
-            "sizes": sizes, "curves": curves, "rows": rows}
-
-
-def write_report(report, path):
-    """JSON with one line for each setting, row, size and curve."""
-    parts = []
-    for key, value in report.items():
-        items = value if isinstance(value, list) else value.items()
-        lines = [jsonlib.dumps(v) if isinstance(value, list) else f"{jsonlib.dumps(v[0])}: {jsonlib.dumps(v[1])}" for v in items]
-        parts.append(f'"{key}": ' + "[]{}"[2 * isinstance(value, dict):][:1] + "\n  " + ",\n  ".join(lines) + "\n " +
-                     "[]{}"[2 * isinstance(value, dict):][1])
-    Path(path).write_text("{" + ",\n ".join(parts) + "}\n")
+                         "boxes": len(everything), "labels": print_of_labels}, "sizes": sizes, "rows": rows, "curves": curves}

@@ -7,6 +7,7 @@ convolution and attention on all T * B frames at once and then scans its LSTM ov
     model = Detector(ModelConfig(input_hw=(360, 640), num_classes=8)); prediction, state = model(events)
 """
 
+import ctypes
 import dataclasses
 import math
 import pickle
@@ -482,6 +483,16 @@ class Detector(nn.Module):
         stride = self.grid[:, 2:]
         box = torch.cat(((out[..., :2] + self.grid[:, :2]) * stride, out[..., 2:4].exp() * stride), dim=-1)
         return Prediction(box, out[..., 4], out[..., 5:], self.grid), following + past
+
+
+def keep_buffers():
+    """Let glibc reuse large buffers: by default each big tensor on a CPU goes back to the kernel and is paged in anew."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass  # not glibc
 
 
 # ---- checkpoints
