@@ -1,42 +1,43 @@
 """Prepared sequences (RVT's layout on disk) -> micro-batches for training, by a plan that is a function of (seed, step).
 
 In: DATA/{train,val,test}/SEQUENCE as prepare.py or RVT's preprocessing writes them. Out: Sequence objects and Batch tuples.
-Run as a script it inspects and validates a data set with the code that training reads it with; exit status 1: training would fail.
+Run as a script it inspects and validates a data set with the code that training reads it with, and exits with status 1
+where training would fail.
 
     python data.py datasets/toy --split=train
 """
 
+import ctypes
 import functools
 import json
 import os
 import signal
+import struct
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import h5py
-import hdf5plugin  # noqa: F401  its import registers the Blosc filter with HDF5
+import hdf5plugin  # its import registers the Blosc filter with HDF5
 import numpy as np
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from tqdm import tqdm
 
 from configurator import command_line, configure
 
-data_dir = "datasets/toy"  # prepared data set; the first word of the command line may name it instead
+data_dir = "datasets/toy"  # a prepared data set; the first word of the command line may name it instead
 split = ""  # train, val or test; empty: all three
-resolution = "auto"  # auto: half where a half-resolution file is there; full; half
-class_names = ()  # where the set has no dataset.json
-num_classes = 0  # the same, without names; 0: whatever ids the labels hold
-sequence_length = 5  # T, for the number of chunks that training would see
-decode_all = False  # decode every frame, not the last of each sequence alone
+resolution = "auto"  # auto: the half-resolution file where there is one; half; full
+class_names = ()  # names by class id, for data sets without a dataset.json
+decode = True  # decode every frame; False: only the last one of each sequence, as training does at its start
 picture = "out/box_sizes.png"  # histogram of box sizes; empty: none
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
-REPRESENTATION = "stacked_histogram_dt=50_nbins=10"
+REPRESENTATION = "event_representations_v2/stacked_histogram_dt=50_nbins=10"
+FILES = {"half": "event_representations_ds2_nearest.h5", "full": "event_representations.h5"}
 CHANNELS = 20  # polarity * 10 + time bin
-FILES = {"full": "event_representations.h5", "half": "event_representations_ds2_nearest.h5"}
 BOX_DTYPE = np.dtype([("t", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"),
                       ("class_id", "<u4"), ("track_id", "<u4"), ("class_confidence", "<f4")])
 
@@ -44,314 +45,303 @@ BOX_DTYPE = np.dtype([("t", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("
 # ---------------------------------------------------------------------------------------------------- prepared sequences
 
 
-def read_arrays(path):
-    """Arrays of a .npy file (under the key "") or of a .npz file, never unpickled; ValueError names the file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; prepare this sequence again")
+def damaged(path, error):
+    """The ValueError, of one line, for a file that cannot be used."""
+    return ValueError(f"{path}: {' '.join(str(error).split())}; prepare this sequence again")
+
+
+def read_array(path, key=None):
+    """The array (n,) of a .npy file, or `key` of a .npz file: structured, or integers as int64; never unpickled."""
     try:
         loaded = np.load(path, allow_pickle=False)
-        return {"": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
-    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for a damaged file
-        raise ValueError(f"{path}: unreadable ({type(error).__name__}: {error}); prepare this sequence again") from error
+        array = loaded if key is None else loaded[key]
+        return (array if array.dtype.names else array.astype(np.int64, casting="same_kind")).reshape(len(array))
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
+        raise damaged(path, f"{key or 'array'} is missing or unreadable ({error})") from error
 
 
-def read_integers(path, key=""):
-    """The array `key` of a file as int64 (n,); ValueError names the file if it is absent, of another type or shape."""
-    array = read_arrays(path).get(key)
-    if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
-        found = "absent" if array is None else f"{array.dtype} {array.shape}"
-        raise ValueError(f"{path}: {key or 'array'} is {found}, expected integers (n,); prepare this sequence again")
-    return array.astype(np.int64)
+def ascending(indices, end):
+    """Whether indices (n,) ascend strictly within range(end)."""
+    return len(indices) == 0 or bool(indices[0] >= 0 and indices[-1] < end and (np.diff(indices) > 0).all())
 
 
-@functools.lru_cache(maxsize=64)  # bounded: Gen1 has more sequences than a process may have files open
+def load_zstd():
+    """zstd's functions, which hdf5plugin's Blosc filter exports; None where it is built otherwise."""
+    try:
+        library = ctypes.CDLL(str(next(Path(hdf5plugin.PLUGIN_PATH).glob("libh5blosc.*"))))
+        pointer, size = ctypes.c_void_p, ctypes.c_size_t
+        library.ZSTD_createDCtx.restype, library.ZSTD_freeDCtx.argtypes = pointer, [pointer]
+        library.ZSTD_decompressDCtx.restype = size
+        library.ZSTD_decompressDCtx.argtypes = [pointer, pointer, size, pointer, size]
+        return library
+    except (StopIteration, OSError, AttributeError):
+        return None
+
+
+ZSTD = load_zstd()
+
+
+def decode_chunk(chunk, out):
+    """Decode a Blosc-1 chunk of zstd blocks into `out`; False for any other, which is h5py's to read or to refuse.
+
+    HDF5's filter has zstd clear a context of 160 KB for each block of 32 KB: 4.6 ms a frame of 20x360x640, against 2.1
+    here (Xeon with AVX-512, hdf5plugin 7.1, 2026-11). Format: README_CHUNK_FORMAT.rst of c-blosc 1.
+    """
+    _, _, flags, typesize, size, block, length = struct.unpack_from("<4B3I", chunk.ljust(16, b"\0"))
+    if (flags >> 5, flags & 2, typesize, size, length) != (4, 0, 1, out.nbytes, len(chunk)) or not block or not ZSTD:
+        return False
+    source, target, context = np.frombuffer(chunk, np.uint8).ctypes.data, out.ctypes.data, ZSTD.ZSTD_createDCtx()
+    try:
+        for i, start in enumerate(struct.unpack_from(f"<{-(-size // block)}I", chunk, 16)):
+            packed, room = struct.unpack_from("<I", chunk, start)[0], min(block, size - i * block)
+            if packed > length - start - 4 or packed == room or room != ZSTD.ZSTD_decompressDCtx(
+                    context, target + i * block, room, source + start + 4, packed):
+                return False
+    except struct.error:
+        return False
+    finally:
+        ZSTD.ZSTD_freeDCtx(context)
+    return True
+
+
+@functools.lru_cache(maxsize=64)  # bounded: Gen1 has more sequences than a process may hold files open
 def open_events(path, pid, mtime_ns):
-    """(file, dataset 'data') of a prepared h5 file, one handle for each process and version of the file."""
+    """(file, its dataset 'data', whether decode_chunk may try) for each process and version of a file; any error."""
     file = h5py.File(path, "r")
-    return file, file["data"]
+    data = file["data"]
+    if data.dtype != np.uint8 or data.ndim != 4 or data.shape[1] != CHANNELS or 0 in data.shape:
+        raise ValueError(f"data is {data.dtype} {data.shape}, expected uint8 (N, {CHANNELS}, H, W) with N > 0")
+    creation, by_frame = data.id.get_create_plist(), data.chunks == (1, *data.shape[1:])
+    if by_frame and data.id.get_num_chunks() != len(data):
+        raise ValueError(f"{data.id.get_num_chunks()} of {len(data)} frames are there")
+    return file, data, by_frame and creation.get_nfilters() == 1 and creation.get_filter(0)[0] == hdf5plugin.BLOSC_ID
 
 
 def fit_boxes(boxes, hw, half):
-    """Boxes clipped to the frame, and halved if `half`, bit for bit as RVT does; those left without an area dropped.
+    """Boxes clipped to the frame, and halved if `half`, bit for bit as RVT does; and which of them are left.
 
-    boxes (n,) BOX_DTYPE in pixels of the sensor, hw (H, W) of the network's input -> boxes (<= n,) in pixels of the
-    input, indices (<= n,) of those that are left. The right and bottom edges end at W - 1 and H - 1.
+    boxes (n,) BOX_DTYPE in pixels of the sensor, hw (H, W) of the network's input -> (boxes in pixels of the input,
+    mask (n,) of those that keep an area). Right and bottom edges end at W - 1 and H - 1.
     """
     boxes = boxes.copy()
     for start, extent, size in (("x", "w", hw[1]), ("y", "h", hw[0])):
         last = 2 * size - 1 if half else size - 1
-        low = np.clip(boxes[start], 0, last)
-        length = np.clip(boxes[start] + boxes[extent], 0, last) - low
+        low, high = np.clip(boxes[start], 0, last), np.clip(boxes[start] + boxes[extent], 0, last)
         if half:
-            high = np.minimum((low + length) * 0.5, size - 1)
-            low = low * 0.5
-            length = high - low
-        boxes[start], boxes[extent] = low, length
-    left = np.flatnonzero((boxes["w"] > 0) & (boxes["h"] > 0))
-    return boxes[left], left
+            low, high = low * 0.5, np.minimum((low + (high - low)) * 0.5, size - 1)
+        boxes[start], boxes[extent] = low, high - low
+    return boxes, (boxes["w"] > 0) & (boxes["h"] > 0)
 
 
 class Sequence:
-    """One prepared sequence: labels in memory, event frames read on demand; it pickles, as it holds no open file.
+    """One prepared sequence: labels in memory, event frames read on demand; it pickles, for it holds no open file.
 
-    path, name: its folder. hw (H, W): the network's input. length N: frames. timestamps_us (N,) int64: ends of the windows.
+    path, name: its folder. hw (H, W): the network's input. length N: frames. timestamps_us (N,) int64: ends of windows.
     label_frames (L,) int64 ascending: frames that carry boxes; boxes: L arrays of BOX_DTYPE in pixels of the input.
     notes: lines on what loading repaired. resolution as in open_split; num_classes 0: ids are not checked.
-    ValueError names the file for anything missing, damaged or inconsistent.
+    ValueError names the file that is missing, damaged or does not fit the others.
     """
 
     def __init__(self, path, resolution="auto", num_classes=0):
-        self.path, self.notes = Path(path), []
-        self.name = self.path.name
-        folder = self.path / "event_representations_v2" / REPRESENTATION
-        there = [kind for kind in ("half", "full") if (folder / FILES[kind]).is_file()]
-        kind = there[0] if resolution == "auto" and there else resolution
-        if not there:
-            raise ValueError(f"{folder}: no {FILES['full']} nor {FILES['half']}; expected RVT's layout, see prepare.py")
+        self.path, self.name, self.notes = Path(path), Path(path).name, []
+        folder = self.path / REPRESENTATION
+        there = [kind for kind in FILES if (folder / FILES[kind]).is_file()]
+        kind = there[0] if there and resolution == "auto" else resolution
         if kind not in there:
-            raise ValueError(f"{folder}: no {FILES[kind]}, this is a {there[0]}-resolution set; use resolution={there[0]} "
-                             f"or prepare it at {kind} resolution")
+            raise ValueError(f"{folder}: no {FILES.get(kind, FILES['full'])}, there is {' and '.join(there) or 'neither'} "
+                             f"resolution; use resolution='auto' or prepare the data at the one you want")
         self.file, self.half = str(folder / FILES[kind]), kind == "half"
-        self.length, self.hw = self._check_events()
-        times_path, index_path = folder / "timestamps_us.npy", folder / "objframe_idx_2_repr_idx.npy"
-        self.timestamps_us = read_integers(times_path)
-        if len(self.timestamps_us) != self.length:
-            raise ValueError(f"{times_path}: {len(self.timestamps_us)} times for the {self.length} frames of {self.file}")
-        if (np.diff(self.timestamps_us) <= 0).any():
-            raise ValueError(f"{times_path}: times out of order; prepare this sequence again")
-        frames = read_integers(index_path)
-        if len(frames) and (frames[0] < 0 or frames[-1] >= self.length or (np.diff(frames) <= 0).any()):
-            raise ValueError(f"{index_path}: indices must ascend within the {self.length} frames of {self.file}")
-        self._load_boxes(frames, num_classes)
-
-    def _check_events(self):
-        """(N, (H, W)) of the h5 file: shape, type, every frame written, the last one decodes."""
-        try:
-            _, data = open_events(*self._version())
-            shape, dtype, chunks = data.shape, data.dtype, data.chunks
-            written = data.id.get_num_chunks() if chunks else 0
-        except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, AttributeError, ...
-            raise ValueError(f"{self.file}: not a readable HDF5 file with 'data' ({error}); prepare it again") from error
-        if dtype != np.uint8 or len(shape) != 4 or shape[1] != CHANNELS or 0 in shape:
-            raise ValueError(f"{self.file}: data is {dtype} {shape}, expected uint8 (N, {CHANNELS}, H, W), N > 0")
-        expected = int(np.prod([-(-n // c) for n, c in zip(shape, chunks)], dtype=object)) if chunks else 0
-        if written != expected:
-            raise ValueError(f"{self.file}: {written} of {expected} chunks are written; prepare this sequence again")
-        self.length, self.hw = shape[0], shape[2:]
+        self.length, _, H, W = self._open()[1].shape
+        self.hw = H, W
         self.read(self.length - 1, self.length)
-        return shape[0], shape[2:]
+        times, index = folder / "timestamps_us.npy", folder / "objframe_idx_2_repr_idx.npy"
+        self.timestamps_us, frames = read_array(times), read_array(index)
+        if len(self.timestamps_us) != self.length:
+            raise damaged(times, f"{len(self.timestamps_us)} times for the {self.length} frames of {self.file}")
+        if (np.diff(self.timestamps_us) <= 0).any():
+            raise damaged(times, "times out of order")
+        if not ascending(frames, self.length):
+            raise damaged(index, f"indices do not ascend within the {self.length} frames of {self.file}")
+        self._load_boxes(self.path / "labels_v2" / "labels.npz", frames, num_classes)
 
-    def _version(self):
-        return self.file, os.getpid(), os.stat(self.file).st_mtime_ns
-
-    def _load_boxes(self, frames, num_classes):
-        """Set label_frames and boxes from labels.npz; frames (F,): the frame of each entry of its index."""
-        path = self.path / "labels_v2" / "labels.npz"
-        labels, first = read_arrays(path).get("labels"), read_integers(path, "objframe_idx_2_label_idx")
-        names = () if labels is None or labels.ndim != 1 else labels.dtype.names or ()
-        kinds = {"t": "iu", "x": "iuf", "y": "iuf", "w": "iuf", "h": "iuf", "class_id": "iu"}
-        bad = [name for name in kinds if name not in names or labels.dtype[name].kind not in kinds[name]]
-        if bad:
-            raise ValueError(f"{path}: labels lacks numeric fields {', '.join(bad)}; prepare this sequence again")
-        if len(first) != len(frames) or (len(first) and (first[0] < 0 or first[-1] >= len(labels) or (np.diff(first) <= 0).any())):
-            raise ValueError(f"{path}: objframe_idx_2_label_idx must ascend within {len(labels)} labels, one entry for each "
-                             f"of {len(frames)} labelled frames")
-        ids = labels["class_id"]
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < (num_classes or 2**16):
-            raise ValueError(f"{path}: class ids {ids.min()} to {ids.max()}, but there are {num_classes or 2**16} classes; "
-                             f"give the right class_names or num_classes")
-        boxes = np.zeros(len(labels), BOX_DTYPE)
-        boxes["class_confidence"] = 1
-        with np.errstate(over="ignore"):
-            for name in set(names) & set(BOX_DTYPE.names):
-                boxes[name] = labels[name]
-        if not all(np.isfinite(boxes[name]).all() for name in "xywh"):
-            raise ValueError(f"{path}: boxes hold NaN or infinite values; prepare this sequence again")
-        boxes = boxes[first[0]:] if len(first) else boxes[:0]
+    def _load_boxes(self, path, frames, num_classes):
+        """Set label_frames and boxes; frames (F,): the frame of each entry of objframe_idx_2_label_idx."""
+        labels, first = read_array(path, "labels"), read_array(path, "objframe_idx_2_label_idx")
+        if len(first) != len(frames) or not ascending(first, len(labels)):
+            raise damaged(path, f"objframe_idx_2_label_idx does not fit {len(labels)} labels and {len(frames)} frames")
+        boxes = np.ones(len(labels), BOX_DTYPE)
+        try:
+            with np.errstate(all="ignore"):  # what overflows is caught below
+                for name in BOX_DTYPE.names:
+                    if name in labels.dtype.names or name not in ("track_id", "class_confidence"):  # older labels lack these
+                        boxes[name] = labels[name]
+        except Exception as error:
+            raise damaged(path, f"labels do not have the fields {BOX_DTYPE.names} ({error})") from error
+        if (np.diff(boxes["t"]) < 0).any() or not all(np.isfinite(boxes[name]).all() for name in "xywh"):
+            raise damaged(path, "labels hold times out of order, or boxes that are not finite")
+        largest = int(boxes["class_id"].max(initial=0))
+        if largest >= (num_classes or 2**16):
+            raise ValueError(f"{path}: class id {largest}, but there are {num_classes or 'no such many'} classes; "
+                             f"name them all: class_names=... or dataset.json")
         frame_of = np.repeat(frames, np.diff(np.append(first, len(labels))))
+        boxes = boxes[len(labels) - len(frame_of):]
         fitted, left = fit_boxes(boxes, self.hw, self.half)
-        if len(left) < len(boxes):
-            self.notes.append(f"{path}: {len(boxes) - len(left)} of {len(boxes)} boxes are flat or out of the frame: dropped")
+        scale = 2 if self.half else 1
+        clipped = np.any([abs(fitted[name] * scale - boxes[name]) > scale for name in "xywh"], 0)
+        if clipped.any() or not left.all():
+            self.notes.append(f"{path}: {clipped.sum()} of {len(boxes)} boxes reach out of the frame and are clipped, "
+                              f"{(~left).sum()} are left without an area and dropped")
         self.label_frames, starts = np.unique(frame_of[left], return_index=True)
-        self.boxes = np.split(fitted, starts[1:]) if len(fitted) else []
+        self.boxes = np.split(fitted[left], starts[1:]) if left.any() else []
+
+    def _open(self):
+        try:
+            return open_events(self.file, os.getpid(), os.stat(self.file).st_mtime_ns)
+        except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, AttributeError, ...
+            raise damaged(self.file, error) from error
 
     def read(self, start, stop, out=None):
         """Event frames start to stop, uint8 (stop - start, 20, H, W), into `out` if given; ValueError names file and frame."""
+        _, data, plain = self._open()
         out = np.empty((stop - start, CHANNELS, *self.hw), np.uint8) if out is None else out
-        frame = start
-        try:
-            _, data = open_events(*self._version())
-            for frame in range(start, stop):  # a selection over several frames of a larger array is 60 times slower
-                data.read_direct(out[frame - start], np.s_[frame])
-        except Exception as error:
-            raise ValueError(f"{self.file}: frame {frame} does not decode ({error}); prepare this sequence again") from error
+        for frame in range(start, stop):  # one by one: HDF5 takes 60 times longer to fill part of a larger array
+            try:
+                if not plain or not decode_chunk(data.id.read_direct_chunk((frame, 0, 0, 0))[1], out[frame - start]):
+                    data.read_direct(out[frame - start], np.s_[frame])
+            except Exception as error:
+                raise damaged(self.file, f"frame {frame} does not decode ({error})") from error
         return out
 
 
-def open_split(data_dir, split, num_classes=0, resolution="auto"):
-    """Sequences of DATA/split, sorted by name, each checked and its last frame decoded.
+def open_split(data_dir, split, num_classes=0, resolution="auto", findings=None):
+    """Sequences of DATA/split by name, each checked and its last frame decoded.
 
-    resolution: "auto" takes the half-resolution file where there is one, as RVT does for ds2 sets, "full" and "half" insist.
-    ValueError: split missing or empty, a sequence damaged, sizes that differ, a class id >= num_classes (0: unchecked).
+    resolution: "auto" takes the half-resolution file where there is one, "half" and "full" insist. ValueError: split missing
+    or empty, a sequence damaged, sizes that differ, a class id >= num_classes (0: unchecked); what concerns a sequence goes
+    to the list `findings` instead, if given.
     """
-    if resolution not in ("auto", *FILES):
-        raise ValueError(f"resolution={resolution!r}: expected auto, full or half")
-    paths = sequence_paths(data_dir, split)
-    sequences = [Sequence(path, resolution, num_classes) for path in paths]
-    for sequence in sequences:
-        if sequence.hw != sequences[0].hw:
-            raise ValueError(f"{sequence.file}: frames of {sequence.hw}, but {sequences[0].hw} in {sequences[0].file}; "
-                             f"a set has one size, use resolution=full or half if it holds both")
+    folder, sequences = Path(data_dir) / split, []
+    paths = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+    if not paths:
+        raise ValueError(f"{folder}: no sequences here; prepare the data first: python prepare.py --src=RAW --dst={data_dir}")
+    for path in paths:
+        try:
+            sequence = Sequence(path, resolution, num_classes)
+            if sequences and sequence.hw != sequences[0].hw:
+                raise ValueError(f"{sequence.file}: frames of {sequence.hw}, but {sequences[0].hw} in {sequences[0].file}; "
+                                 f"a data set has one size")
+            sequences.append(sequence)
+        except ValueError as error:
+            if findings is None:
+                raise
+            findings.append(str(error))
     return sequences
 
 
-def sequence_paths(data_dir, split):
-    """Folders of DATA/split by name; hidden entries are skipped; ValueError if there is none."""
-    folder = Path(data_dir) / split
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:
-        raise ValueError(f"{folder}: no such folder; prepare the data first: python prepare.py SRC {data_dir}") from None
-    if not paths:
-        raise ValueError(f"{folder}: holds no sequence; prepare the data first: python prepare.py SRC {data_dir}")
-    return paths
-
-
 def load_classes(data_dir, class_names=(), num_classes=0):
-    """Names of the classes: those of DATA/dataset.json, else class_names, else "0", "1", ... up to num_classes."""
-    path = Path(data_dir) / "dataset.json"
-    names = tuple(class_names) or tuple(str(i) for i in range(num_classes))
+    """Names of the classes: those in DATA/dataset.json, else class_names, else "0", "1", ... up to num_classes."""
+    path, names = Path(data_dir) / "dataset.json", tuple(class_names) or tuple(map(str, range(num_classes)))
     if path.is_file():
         try:
-            names = json.loads(path.read_text(encoding="utf-8"))["classes"]
+            names = tuple(json.loads(path.read_bytes())["classes"])
+            assert all(isinstance(name, str) for name in names)
         except Exception as error:
-            raise ValueError(f"{path}: not JSON with 'classes' ({error}); prepare the data set again") from error
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{path}: 'classes' must be a list of names, not {names!r}")
-    if not names:
-        raise ValueError(f"{data_dir}: no dataset.json names the classes; give class_names=... or num_classes=...")
-    if num_classes and len(names) != num_classes:
-        raise ValueError(f"{data_dir}: num_classes={num_classes}, but {len(names)} names: {', '.join(names)}")
-    return tuple(names)
+            raise ValueError(f'{path}: not {{"classes": [names]}} ({type(error).__name__}); correct it') from error
+    if not names or num_classes not in (0, len(names)):
+        raise ValueError(f"{path}: {len(names)} classes are named there or by class_names, expected {num_classes or 'some'}; "
+                         f"give class_names=... or num_classes=...")
+    return names
 
 
 # ---------------------------------------------------------------------------------------------------------- augmentation
 
 
 class View(NamedTuple):
-    """Augmentation of a run: flip left to right, then zoom in or out; (x, y) is the top-left corner of the zoom window.
+    """Augmentation of a run: flip left to right, then zoom. zoom > 1 shows the window of 1 / zoom of the frame whose top-left
+    corner is (x, y) as the whole frame; zoom < 1 shows the whole frame in such a window of zeros, `zoom` of its size."""
 
-    Zooming in enlarges a window of the frame to the whole frame, zooming out shrinks the frame into a window of zeros.
-    """
-
-    flip: bool = False
-    zoom_in: float = 1.0
-    zoom_out: float = 1.0
-    x: int = 0
-    y: int = 0
+    flip: bool
+    zoom: float
+    x: int
+    y: int
 
 
 def draw_view(rng, hw, boxes, flip, zoom, zoom_in_share, zoom_in_max, zoom_out_max):
-    """A random View, distributed as RVT's; boxes: those of the last labelled frame, zooming in holds one of them.
+    """A random View, distributed as RVT's; boxes: of the last labelled frame, a window that is zoomed into holds one of them.
 
     Source: RVT's augmentation. Ours: any of the boxes may be the one that is held; RVT never draws the last.
     """
     flipped, zoomed, inward = rng.random() < flip, rng.random() < zoom, rng.random() < zoom_in_share
     factor = rng.uniform(1, zoom_in_max if inward else zoom_out_max)
     if not zoomed or factor == 1:
-        return View(flipped)
-    (H, W), (h, w) = hw, (int(n / factor) for n in hw)
+        return View(flipped, 1.0, 0, 0)
+    (H, W), (h, w) = hw, (int(size / factor) for size in hw)
     if not inward:
-        return View(flipped, 1.0, factor, int(rng.uniform(0, W - w)), int(rng.uniform(0, H - h)))
-    box, corner = boxes[rng.integers(len(boxes))], []
-    left = W - 1 - box["x"] - box["w"] if flipped else box["x"]
-    for low, length, window, size in ((float(left), float(box["w"]), w, W), (float(box["y"]), float(box["h"]), h, H)):
+        return View(flipped, 1 / factor, int(rng.uniform(0, W - w)), int(rng.uniform(0, H - h)))
+    _, left, top, width, height, *_ = boxes[rng.integers(len(boxes))].tolist()
+    left, corner = W - 1 - left - width if flipped else left, []
+    for low, length, window, size in ((left, width, w, W), (top, height, h, H)):
         reach = max(window, length)
         first = max(low + length - reach, 0.0)
         corner.append(int(rng.uniform(first, max(min(low + reach, size - 1) - window, first))))
-    return View(flipped, factor, 1.0, *corner)
+    return View(flipped, factor, *corner)
 
 
-def index_map(size, start, view, flip):
-    """Positions (size,) int64 of the input that the output shows along one axis, -1 for zero; start: the window's corner.
+def index_map(size, corner, zoom, flip):
+    """Positions (size,) int64 in the input that the output shows along one axis, -1 for zero; corner: the window's.
 
-    "nearest-exact" is torch's: asking torch itself to resize the positions keeps its rounding, bit for bit.
+    Nearest-exact as torch has it: torch itself resizes the positions, so its rounding is matched bit for bit.
     """
-    def resize(ramp, length):
-        return F.interpolate(ramp[None, None], size=length, mode="nearest-exact")[0, 0]
-
-    positions = torch.arange(size, dtype=torch.float32)
-    if view.zoom_in > 1:
-        positions = resize(positions[start:start + int(size / view.zoom_in)], size)
-    elif view.zoom_out > 1:
-        window = resize(positions, int(size / view.zoom_out))
-        positions = F.pad(window, (start, size - start - len(window)), value=-1.0)
-    if flip:
-        positions = torch.where(positions < 0, positions, size - 1 - positions)
-    return positions.long()
+    shown = torch.arange(size - 1, -1, -1) if flip else torch.arange(size)
+    window = int(size * min(zoom, 1 / zoom))
+    part = shown[corner:corner + window] if zoom > 1 else shown
+    part = interpolate(part[None, None].float(), size=size if zoom > 1 else window, mode="nearest-exact")[0, 0].long()
+    return pad(part, (corner, size - corner - window), value=-1) if zoom < 1 else part
 
 
 def move_boxes(boxes, hw, view):
-    """Boxes (n,) of BOX_DTYPE as the View shows them, in float32 and clipped as RVT does; those without an area dropped."""
+    """Boxes (n,) of BOX_DTYPE as the View shows them, clipped as RVT clips; those without an area are dropped."""
     boxes = boxes.copy()
     if view.flip:
         boxes["x"] = hw[1] - 1 - boxes["x"] - boxes["w"]
     for start, extent, size, corner in (("x", "w", hw[1], view.x), ("y", "h", hw[0], view.y)):
         low, high = boxes[start], boxes[start] + boxes[extent]
-        if view.zoom_in > 1:
-            last = min(corner + size / view.zoom_in, size - 1) - 1  # RVT's window is not rounded here, unlike the frame's
-            low, high = np.clip(low, corner, last), np.clip(high, corner, last)
-            low, length = low - corner, high - low
-            flat = length <= 0
-            high = np.minimum((low + length) * view.zoom_in, size - 1)
-            low = low * view.zoom_in
-            boxes[start], boxes[extent] = low, np.where(flat, 0, high - low)
-        elif view.zoom_out > 1:
-            shrink = 1 / view.zoom_out
-            high = np.minimum(high * shrink, shrink * size - 1)
-            low = low * shrink
-            boxes[start], boxes[extent] = low + corner, high - low
+        if view.zoom > 1:
+            last = min(corner + size / view.zoom, size - 1) - 1
+            low, high, corner = np.clip(low, corner, last) - corner, np.clip(high, corner, last) - corner, 0
+        low, high = low * view.zoom, np.minimum(high * view.zoom, size * min(view.zoom, 1) - 1)
+        boxes[start], boxes[extent] = low + corner, high - low
     return boxes[(boxes["w"] > 0) & (boxes["h"] > 0)]
 
 
 def augment(events, rows, cols):
     """out[t, b, c, y, x] = events[t, b, c, rows[b, y], cols[b, x]], and 0 where an index is -1; on the device of events.
 
-    events (T, B, C, H, W), rows (B, H) and cols (B, W) int64 -> as events; `events` itself if the maps change nothing.
-    On a CPU whole rows are copied, then columns by numpy's take: 2.9 ms a frame of 20x360x640 on one core, torch's
-    gather takes 7.6, its index_select 36, F.interpolate 5.1 without the copy into place (AVX-512 Xeon, 2026-11).
+    events (T, B, C, H, W), rows (B, H), cols (B, W) int64 -> as events, or `events` itself if the maps, on the CPU, change
+    nothing.
     """
     T, B, C, H, W = events.shape
-    if rows.device.type == "cpu":  # on a GPU the question would wait for it
-        plain = (rows == torch.arange(H)).all(1) & (cols == torch.arange(W)).all(1)
-        if plain.all():
-            return events
-    if events.device.type != "cpu":
-        rows, cols = rows.to(events.device), cols.to(events.device)
-        pixels = (rows.clamp(min=0)[:, :, None] * W + cols.clamp(min=0)[:, None]).flatten(1)  # (B, H * W)
-        shown = ((rows >= 0)[:, :, None] & (cols >= 0)[:, None])[:, None]  # (B, 1, H, W)
-        return events.flatten(3).gather(3, pixels[None, :, None].expand(T, B, C, -1)).view_as(events) * shown
-    out = torch.empty_like(events, memory_format=torch.contiguous_format)
-    for b, (row, col) in enumerate(zip(rows.numpy(), cols.numpy())):
-        for frame, target in zip(events[:, b].numpy(), out[:, b].numpy()):
-            frame.take(row, axis=1, mode="clip").take(col, axis=2, mode="clip", out=target)
-            target[:, row < 0] = 0
-            target[:, :, col < 0] = 0
-    return out
+    if rows.device.type == "cpu" and (rows == torch.arange(H)).all() and (cols == torch.arange(W)).all():
+        return events
+    rows, cols = rows.to(events.device), cols.to(events.device)
+    pixels = rows.clamp(min=0)[:, :, None] * W + cols.clamp(min=0)[:, None]  # (B, H, W)
+    shown = (rows >= 0)[:, :, None] & (cols >= 0)[:, None]
+    moved = events.flatten(3).gather(3, pixels.flatten(1)[None, :, None].expand(T, B, C, H * W))
+    return moved.view_as(events) * shown[:, None]
 
 
 # ------------------------------------------------------------------------------------------------------- training batches
 
 
 class Batch(NamedTuple):
-    """One micro-batch; T time steps, B slots, N frames with labels, in (t, b) order."""
+    """One micro-batch; T time steps, B slots, N frames with labels."""
 
     events: torch.Tensor  # uint8 (T, B, 20, H, W) as stored; zeros where a run has ended
-    rows: torch.Tensor  # int64 (B, H), augment's maps
+    rows: torch.Tensor  # int64 (B, H), for augment
     cols: torch.Tensor  # int64 (B, W)
     is_first: torch.Tensor  # bool (B,): a run starts, its state is reset before this chunk
     frames: torch.Tensor  # bool (T, B): the N frames with labels, at least one
-    targets: torch.Tensor  # float32 (N, M, 5): class, cx, cy, w, h in augmented pixels; rows of zeros pad
+    targets: torch.Tensor  # float32 (N, M, 5), in (t, b) order: class, cx, cy, w, h in augmented pixels; rows of zeros pad
     has_boxes: bool  # False: the one frame of `frames` is a filler without boxes, the loss weighs 0
 
 
@@ -366,12 +356,10 @@ class Runs:
     def __init__(self, sequences, T, seed, random):
         self.key, self.orders, items = (seed, int(random)), {}, [np.zeros((0, 3), np.int64)]
         for index, frames in enumerate(sequence.label_frames for sequence in sequences):
-            cut = np.arange(len(frames) - 1) if random else np.flatnonzero(np.diff(frames) > T)
-            if len(frames):
-                starts, stops = frames[np.append(0, cut + 1)] - T + 1, frames[np.append(cut, -1)] + 1
-                items.append(np.stack([np.full_like(starts, index), starts, stops], 1)[(starts >= 0) | (not random)])
-        self.items = np.concatenate(items)
-        self.items[:, 1] = self.items[:, 1].clip(min=0)
+            gaps = np.flatnonzero(np.diff(frames) > (0 if random else T))
+            first, last = frames[np.append(0, gaps + 1)[:len(frames)]], frames[np.append(gaps, -1)[:len(frames)]]
+            items.append(np.stack([np.full_like(first, index), first - T + 1, last + 1], 1)[(first >= T - 1) | (not random)])
+        self.items = np.concatenate(items).clip(min=0)
         self.chunks = -((self.items[:, 1] - self.items[:, 2]) // T)
         self.total = int(self.chunks.sum())
 
@@ -392,124 +380,106 @@ class TrainData(Dataset):
 
     sampling: "stream", "random" or "mixed" (mixed_stream : mixed_random slots of each micro-batch, one of each at least).
     Slots of a kind are numbered over processes, then micro-batches, then the batch: two processes of batch 2, or one that
-    accumulates 2 micro-batches of 2, play what one of batch 4 plays. steps_per_epoch: steps in which a slot plays each chunk.
-    flip, zoom_stream, zoom_random, zoom_in_share: probabilities; zooming in is for random windows alone. ValueError: an
-    impossible combination, or nothing to play.
+    accumulates 2 micro-batches of 2, play what one of batch 4 plays. steps_per_epoch: after so many each slot has played
+    every chunk. flip, zoom_stream, zoom_random, zoom_in_share: probabilities; streams only zoom out, as in RVT.
+    ValueError: an impossible combination, or nothing to play.
     """
 
-    def __init__(self, sequences, *, seed, sampling, sequence_length, batch_size, gradient_accumulation_steps=1,
-                 rank=0, world_size=1, mixed_stream=1, mixed_random=1, flip=0.5, zoom_stream=0.5, zoom_random=0.8,
+    def __init__(self, sequences, *, seed, sampling, sequence_length, batch_size, gradient_accumulation_steps=1, rank=0,
+                 world_size=1, mixed_stream=1, mixed_random=1, flip=0.5, zoom_stream=0.5, zoom_random=0.8,
                  zoom_in_share=0.8, zoom_in_max=1.5, zoom_out_max=1.2):
-        share = {"stream": 1.0, "random": 0.0, "mixed": mixed_stream / max(mixed_stream + mixed_random, 1e-9)}.get(sampling)
-        if share is None:
-            raise ValueError(f"sampling={sampling!r}: expected stream, random or mixed")
-        if min(sequence_length, batch_size, gradient_accumulation_steps, world_size) < 1 or seed < 0:
-            raise ValueError("sequence_length, batch_size and gradient_accumulation_steps must be 1 or more, seed 0 or more")
+        if min(sequence_length, batch_size, gradient_accumulation_steps) < 1 or seed < 0:
+            raise ValueError("sequence_length, batch_size and gradient_accumulation_steps start at 1, seed at 0")
+        if not (0 <= min(flip, zoom_stream, zoom_random, zoom_in_share) <= max(flip, zoom_stream, zoom_random, zoom_in_share)
+                <= 1 <= min(zoom_in_max, zoom_out_max) <= max(zoom_in_max, zoom_out_max) <= 10):
+            raise ValueError("flip, zoom_stream, zoom_random, zoom_in_share are from 0 to 1, zoom_in_max, zoom_out_max from 1 to 10")
         if sampling == "mixed" and (batch_size < 2 or min(mixed_stream, mixed_random) <= 0):
-            raise ValueError(f"sampling='mixed' needs batch_size >= 2 and both shares above 0, not batch_size={batch_size}, "
+            raise ValueError(f"sampling='mixed' needs batch_size >= 2 and two shares above 0, not {batch_size} and "
                              f"{mixed_stream} : {mixed_random}; use sampling='stream' or 'random'")
-        if not all(0 <= p <= 1 for p in (flip, zoom_stream, zoom_random, zoom_in_share)):
-            raise ValueError("flip, zoom_stream, zoom_random and zoom_in_share are probabilities from 0 to 1")
-        if not all(1 <= most <= 10 for most in (zoom_in_max, zoom_out_max)):
-            raise ValueError("zoom_in_max and zoom_out_max are factors from 1 to 10")
-        self.sequences, self.T, self.B, self.accumulation = sequences, sequence_length, batch_size, gradient_accumulation_steps
+        share = mixed_stream / (mixed_stream + mixed_random) if sampling == "mixed" else 0.0
+        streams = {"stream": batch_size, "random": 0, "mixed": min(max(round(batch_size * share), 1), batch_size - 1)}
+        if sampling not in streams:
+            raise ValueError(f"sampling={sampling!r}: expected stream, random or mixed")
+        self.slots = streams[sampling], batch_size - streams[sampling]  # of a micro-batch: that stream, that play windows
+        self.sequences, self.T, self.accumulation = sequences, sequence_length, gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
-        mixed = min(max(round(batch_size * share), 1), batch_size - 1)
-        streams = mixed if sampling == "mixed" else round(batch_size * share)
-        self.slots = streams, batch_size - streams  # of a micro-batch: that stream, that play random windows
-        self.flip, self.zooms = flip, ((zoom_stream, 0.0, zoom_in_max, zoom_out_max),
-                                       (zoom_random, zoom_in_share, zoom_in_max, zoom_out_max))
-        self.runs = tuple(Runs(sequences, self.T, seed, random) for random in (False, True))
-        for runs, slots, what in zip(self.runs, self.slots, ("labelled frame", f"labelled frame with {self.T - 1} before it")):
-            if slots and not runs.total:
-                where = sequences[0].path.parent if sequences else "the split"
-                raise ValueError(f"{where}: no {what} in {len(sequences)} sequences, nothing to train on; check the labels")
-        self.steps_per_epoch = self.runs[0 if streams else 1].total
+        self.augmentations = [(flip, zoom, share, zoom_in_max, zoom_out_max)
+                              for zoom, share in ((zoom_stream, 0.0), (zoom_random, zoom_in_share))]
+        self.runs = [Runs(sequences, self.T, seed, random) for random in (False, True)]
+        if any(slots and not runs.total for slots, runs in zip(self.slots, self.runs)):
+            raise ValueError(f"{sequences[0].path.parent if sequences else 'no sequences'}: no labelled frame that "
+                             f"sampling={sampling!r} can play with sequence_length={self.T}; look at the labels: python data.py")
+        self.steps_per_epoch = self.runs[0 if self.slots[0] else 1].total
 
     def __getitem__(self, index):
-        (H, W), (step, a) = self.sequences[0].hw, divmod(index, self.accumulation)
-        events = empty_events(self.T, self.B, H, W)
-        rows, cols = torch.empty(self.B, H, dtype=torch.long), torch.empty(self.B, W, dtype=torch.long)
-        is_first, found = torch.zeros(self.B, dtype=torch.bool), {}
-        for b in range(self.B):
-            random = int(b >= self.slots[0])
-            group, groups = self.rank * self.accumulation + a, self.world_size * self.accumulation
-            number = group * self.slots[random] + b - random * self.slots[0]
-            run, chunk, key = self.runs[random].place(number, groups * self.slots[random], step)
-            which, start, stop = self.runs[random].items[run].tolist()
-            start, sequence = start + chunk * self.T, self.sequences[which]
-            stop, is_first[b] = min(start + self.T, stop), chunk == 0
-            sequence.read(start, stop, events[:, b].numpy())
-            events[stop - start:, b] = 0
-            first, last = np.searchsorted(sequence.label_frames, (start, stop))
-            view = draw_view(np.random.default_rng(key), (H, W), sequence.boxes[last - 1], self.flip, *self.zooms[random])
-            rows[b], cols[b] = index_map(H, view.y, view, False), index_map(W, view.x, view, view.flip)
-            for frame, boxes in zip(sequence.label_frames[first:last], sequence.boxes[first:last]):
+        (H, W), (step, a), B = self.sequences[0].hw, divmod(index, self.accumulation), sum(self.slots)
+        events = empty_events((self.T, B, CHANNELS, H, W))
+        rows, cols = torch.empty(B, H, dtype=torch.long), torch.empty(B, W, dtype=torch.long)
+        is_first, found = torch.empty(B, dtype=torch.bool), {}
+        for b in range(B):
+            kind = int(b >= self.slots[0])
+            slot = (self.rank * self.accumulation + a) * self.slots[kind] + b - kind * self.slots[0]
+            runs = self.runs[kind]
+            run, chunk, key = runs.place(slot, self.world_size * self.accumulation * self.slots[kind], step)
+            which, start, end = runs.items[run].tolist()
+            sequence, start = self.sequences[which], start + chunk * self.T
+            end, is_first[b] = min(start + self.T, end), chunk == 0
+            sequence.read(start, end, events[:, b].numpy())
+            events[end - start:, b] = 0
+            first, last = np.searchsorted(sequence.label_frames, (start, end))
+            view = draw_view(np.random.default_rng(key), (H, W), sequence.boxes[last - 1], *self.augmentations[kind])
+            rows[b], cols[b] = index_map(H, view.y, view.zoom, False), index_map(W, view.x, view.zoom, view.flip)
+            for frame, boxes in zip(sequence.label_frames[first:last].tolist(), sequence.boxes[first:last]):
                 boxes = move_boxes(boxes, (H, W), view)
                 if len(boxes):
-                    found[int(frame) - start, b] = boxes
-        frames = torch.zeros(self.T, self.B, dtype=torch.bool)
+                    found[frame - start, b] = boxes
+        frames = torch.zeros(self.T, B, dtype=torch.bool)
         for place in found or [(0, 0)]:
             frames[place] = True
-        return Batch(events, rows, cols, is_first, frames, pad_targets(found), bool(found))
+        return Batch(events, rows, cols, is_first, frames, pad_targets([found[place] for place in sorted(found)]), bool(found))
 
 
-def pad_targets(found):
-    """{(t, b): boxes (n,)} -> (N, M, 5) float32 class, cx, cy, w, h in (t, b) order, padded with rows of zeros.
+def pad_targets(boxes):
+    """Lists of boxes -> targets (N, M, 5) float32, as in Batch; no lists: one frame of zeros.
 
-    M is a power of two from 16 on, so that compiled code meets a few sizes only; no boxes at all: one frame of zeros.
+    M is a power of two from 16 on, so that compiled code meets a few sizes only.
     """
-    most = max((len(boxes) for boxes in found.values()), default=0)
-    targets = np.zeros((max(len(found), 1), max(16, 1 << (most - 1).bit_length()), 5), np.float32)
-    for target, (_, boxes) in zip(targets, sorted(found.items(), key=lambda item: item[0])):
-        columns = (boxes["class_id"], boxes["x"] + 0.5 * boxes["w"], boxes["y"] + 0.5 * boxes["h"], boxes["w"], boxes["h"])
-        target[:len(boxes)] = np.stack(columns, 1)
-    return torch.from_numpy(targets)
+    most = max(map(len, boxes), default=0)
+    targets = torch.zeros(max(len(boxes), 1), max(16, 1 << (most - 1).bit_length()), 5)
+    for target, box in zip(targets, boxes):
+        columns = box["class_id"], box["x"] + 0.5 * box["w"], box["y"] + 0.5 * box["h"], box["w"], box["h"]
+        target[:len(box)] = torch.from_numpy(np.stack(columns, 1, dtype=np.float32, casting="unsafe"))
+    return targets
 
 
-def empty_events(T, B, H, W):
-    """Uninitialised uint8 (T, B, 20, H, W); in a loader's worker in shared memory, which spares a copy on its way out."""
+def empty_events(shape):
+    """Uninitialised uint8 tensor; in a worker in shared memory, which spares the copy when it leaves."""
     if get_worker_info() is None:
-        return torch.empty(T, B, CHANNELS, H, W, dtype=torch.uint8)
-    return torch.empty(T, B, CHANNELS, H, W, dtype=torch.uint8).share_memory_()
+        return torch.from_numpy(np.empty(shape, np.uint8))  # numpy asks for huge pages: 10 times fewer page faults
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(int(np.prod(shape)))).view(shape)
 
 
-class Guarded(Dataset):
-    """`data`, but a ValueError is returned, not raised: torch would wrap a worker's in a page of traceback."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __getitem__(self, index):
-        try:
-            return self.data[index]
-        except ValueError as error:
-            return error
-
-
-def ignore_interrupt(_worker):
-    """Ctrl-C reaches the whole process group: the trainer saves and leaves, its workers must live until then."""
+def ignore_interrupt(_):
+    """Ctrl-C reaches the whole process group: workers must outlive it until the trainer has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_loader(data, start=0, num_workers=0, pin_memory=False):
     """Endless iterator over data[start], data[start + 1], ..., in order whatever the number of workers.
 
-    The workers start at once and end with the iterator. ValueError, one line: what data raised, or a worker that died.
+    The workers start at once and end with the iterator. ValueError, one line: what `data` raised, or a worker that died.
     """
-    loader = iter(DataLoader(Guarded(data), batch_size=None, sampler=range(start, sys.maxsize), num_workers=num_workers,
+    loader = iter(DataLoader(data, batch_size=None, sampler=range(start, sys.maxsize), num_workers=num_workers,
                              pin_memory=pin_memory, worker_init_fn=ignore_interrupt))
 
     def batches():
-        while True:
-            try:
-                batch = next(loader)
-            except RuntimeError as error:
-                raise ValueError(f"a loader worker died ({str(error).splitlines()[0]}); often memory or /dev/shm is too "
-                                 f"small: use fewer num_workers, 0 for none") from error
-            if isinstance(batch, ValueError):
-                raise batch
-            yield batch
+        try:
+            yield from loader
+        except ValueError as error:  # from a worker: torch hands it on behind a page of traceback
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+        except RuntimeError as error:
+            raise ValueError(f"a loader worker died ({str(error).splitlines()[0]}); if memory or /dev/shm is short, use fewer "
+                             f"num_workers or a smaller batch_size") from error
 
     return batches()
 
@@ -522,4 +492,72 @@ def size_thresholds(sequences):
     areas = [boxes["w"] * boxes["h"] for sequence in sequences for boxes in sequence.boxes]
     if not areas:
         raise ValueError("no boxes to take size thresholds from; set small_threshold and medium_threshold")
-    return tuple(float(area) for area in np.quantile(np.concatenate(areas), (1 / 3, 2 / 3)))
+    return tuple(np.quantile(np.concatenate(areas), (1 / 3, 2 / 3)).tolist())
+
+
+def inspect(data_dir, split, resolution, class_names, decode, picture):
+    """Print what a data set holds and draw its box sizes; ValueError at the end if training would fail on it."""
+    findings, notes, areas = [], [], {}
+    try:
+        names = load_classes(data_dir, class_names)
+    except ValueError as error:
+        names = ()
+        (findings if (Path(data_dir) / "dataset.json").is_file() else notes).append(str(error))
+    for part in [split] if split else ("train", "val", "test"):
+        try:
+            sequences = open_split(data_dir, part, len(names), resolution, findings)
+        except ValueError as error:
+            (notes if part == "test" and not split else findings).append(str(error))
+            continue
+        for sequence in tqdm(sequences, f"{part}: decoding", leave=False, disable=None) if decode else ():
+            try:
+                for frame in range(sequence.length):
+                    sequence.read(frame, frame + 1)
+            except ValueError as error:
+                findings.append(str(error))
+        notes += [note for sequence in sequences for note in sequence.notes]
+        boxes = np.concatenate([np.zeros(0, BOX_DTYPE)] + [box for sequence in sequences for box in sequence.boxes])
+        area = areas[part] = boxes["w"] * boxes["h"]
+        frames, labelled = (sum(n) for n in zip((0, 0), *((s.length, len(s.label_frames)) for s in sequences)))
+        print(f"\n{data_dir}/{part}: {len(sequences)} sequences of {sequences[0].hw if sequences else 'no'} pixels, {frames} frames, "
+              f"{labelled} of them ({labelled / max(frames, 1):.1%}) with boxes\n"
+              f"{'class':24}{'boxes':>9}{'tiny <16x16':>13}{'small <32x32':>14}{'medium <96x96':>15}{'large':>9}")
+        for k in (*np.unique(boxes["class_id"]).tolist(), None):
+            chosen = area if k is None else area[boxes["class_id"] == k]
+            sizes = np.histogram(chosen, (0, 16**2, 32**2, 96**2, np.inf))[0]
+            label = "all" if k is None else f"{k} {names[k] if names else ''}"
+            print("{:24}{:9}{:13}{:14}{:15}{:9}".format(label, len(chosen), *sizes))
+        if len(boxes):
+            print("terciles of the box area: small_threshold = {:.0f}, medium_threshold = {:.0f}".format(*size_thresholds(sequences)))
+        elif part == "train":
+            findings.append(f"{data_dir}/train: no boxes, nothing to train on")
+    if picture and any(map(len, areas.values())):
+        draw_sizes(areas, picture)
+    print("", *(f"note: {note}" for note in notes), *(f"FINDING: {finding}" for finding in findings), sep="\n")
+    if findings:
+        raise ValueError(f"{data_dir}: training would fail, {len(findings)} finding(s)")
+
+
+def draw_sizes(areas, path):
+    """Histogram of the box sides, sqrt(area) in pixels, of each split's areas (n,); the borders of the size classes dotted."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist([area**0.5 for area in areas.values()], bins=60, histtype="step", label=list(areas))
+    for side in (16, 32, 96):
+        axes.axvline(side, color="grey", linestyle=":")
+    axes.set(xlabel="side of a square of the box's area, pixels", ylabel="boxes", yscale="log")
+    axes.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main(argv):
+    if argv and not argv[0].startswith("--"):
+        argv = [f"--data_dir={argv[0]}", *argv[1:]]
+    inspect(**configure(defaults, argv))
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,7 +1,7 @@
 """A checkpoint -> numbers and pictures, each line naming its protocol; and a detector for live streams.
 
 In: a checkpoint (ours, RVT's or its eTraM fork's) and prepared sequences. Architecture, data and classes come from the
-checkpoint. Out: a table, and in out_dir/eval (by default beside the checkpoint) report.json and pictures.
+checkpoint. Out: a table, and in out_dir/eval (out_dir: the checkpoint's folder) report.json and pictures.
 
     python eval.py --ckpt out/ckpt.pt --split=test
     python eval.py --ckpt rvt-b.ckpt configs/gen1.py --data_dir=datasets/gen1
@@ -15,7 +15,6 @@ import io
 import json as jsonlib
 import os
 import time
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,14 +22,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import iou as coco_iou
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from configurator import command_line, configure
-from data import BOX_DTYPE, load_classes, open_split
-from model import Conv, Detector, ModelConfig, load_rvt, load_weights, read_checkpoint, reset_state
+from data import BOX_DTYPE, load_classes, make_loader, open_split
+from model import Conv, Detector, ModelConfig, keep_buffers, load_rvt, load_weights, read_checkpoint, reset_state
 
 ckpt = "out/ckpt.pt"      # checkpoint of train.py, or a Lightning checkpoint of RVT
 split = "test"            # train, val or test
@@ -48,6 +47,7 @@ SMALL = ("pedestrian", "two-wheeler", "bicycle", "motorbike", "wheelchair")
 SIZES = {"T": (0, np.nextafter(16 ** 2, 0)), "S": (0, 32 ** 2), "M": (32 ** 2, 96 ** 2), "L": (96 ** 2, 1e10)}  # px^2
 METRICS = ("AP", "AP50", "AP75", "AP_T", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_T", "AR_S", "AR_M", "AR_L")
 FILTERS = {"none": "all boxes", "prophesee": "Prophesee filter"}
+COMPARABLE = ("split", "labels", "resolution", "classes", "confidence", "nms_iou", "score")  # settings of a comparison
 # beside Prophesee's fields: p_obj * p_cls, whatever class_confidence ranks by, and the stride of the pyramid level
 DETECTION_DTYPE = np.dtype(BOX_DTYPE.descr + [("confidence", "<f4"), ("stride", "<u2")])
 
@@ -107,9 +107,9 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
         found = found.cpu()
     out = []
     for t, part in zip(t_us, found.split(counts)):  # (candidates, 8)
-        part = part[nms(part[:, :4], part[:, 4], part[:, 6], nms_iou)]
-        boxes = np.zeros(len(part), DETECTION_DTYPE)
-        x1, y1, x2, y2, boxes["confidence"], boxes["class_confidence"], boxes["class_id"], boxes["stride"] = part.cpu().numpy().T
+        part = part[nms(part[:, :4], part[:, 4], part[:, 6], nms_iou)].cpu().numpy().T
+        boxes = np.zeros(part.shape[1], DETECTION_DTYPE)
+        x1, y1, x2, y2, boxes["confidence"], boxes["class_confidence"], boxes["class_id"], boxes["stride"] = part
         boxes["t"], boxes["x"], boxes["y"], boxes["w"], boxes["h"] = t, x1, y1, x2 - x1, y2 - y1
         out.append(boxes)
     return out
@@ -117,39 +117,16 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
 
 # ---- streams
 
-def schedule(spans, todo, batch_size, T):
-    """Steps of a batch of streams: lists of (row in the step before, sequence, first frame of its chunk).
+class Chunks:
+    """Step k of a plan -> events uint8 (T, B, 20, H, W), zeros behind a sequence's end. steps: lists of (sequence, frame)."""
 
-    spans: (first frame, end) of each sequence; todo: those to play, in order of their turn. A row that ends takes the
-    next sequence; when none is left, the batch gets smaller.
-    """
-    step, todo, steps = [(0, i, spans[i][0]) for i in todo[:batch_size]], todo[batch_size:], []
-    while step:
-        steps.append(step)
-        step = []
-        for row, (_, i, t) in enumerate(steps[-1]):
-            if t + T < spans[i][1]:
-                step.append((row, i, t + T))
-            elif todo:
-                i, *todo = todo
-                step.append((row, i, spans[i][0]))
-    return steps
-
-
-class Chunks(torch.utils.data.Dataset):
-    """Step of a schedule -> events uint8 (T, B, 20, H, W), zeros behind a sequence's end."""
-
-    def __init__(self, sequences, spans, steps, T):
-        self.sequences, self.spans, self.steps, self.T = sequences, spans, steps, T
-
-    def __len__(self):
-        return len(self.steps)
+    def __init__(self, sequences, stops, steps, T):
+        self.sequences, self.stops, self.steps, self.T = sequences, stops, steps, T
 
     def __getitem__(self, k):
-        step = self.steps[k]
-        events = torch.zeros(self.T, len(step), 20, *self.sequences[0].hw, dtype=torch.uint8)
-        for b, (_, i, t) in enumerate(step):
-            self.sequences[i].read(t, min(t + self.T, self.spans[i][1]), events[:, b].numpy())
+        events = torch.zeros(self.T, len(self.steps[k]), 20, *self.sequences[0].hw, dtype=torch.uint8)
+        for b, (i, t) in enumerate(self.steps[k]):
+            self.sequences[i].read(t, min(t + self.T, self.stops[i]), events[:, b].numpy())
         return events
 
 
@@ -161,51 +138,43 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
     their first label (as RVT's do) to their last; the longest first, sharded over the ranks of torchrun, where every
     rank gets the whole result. `model` is on `device`; options: confidence, nms_iou, score of `detections`.
     """
-    T, training, found, state = sequence_length, model.training, {}, None
-    device = torch.device(device)
+    T, training, device, found = sequence_length, model.training, torch.device(device), {}
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sequences = sorted((s for s in sequences if len(s.label_frames)), key=lambda s: s.name)
-    spans = [(max(int(s.label_frames[0]) - T + 1, 0), int(s.label_frames[-1]) + 1) for s in sequences]
-    longest_first = sorted(range(len(spans)), key=lambda i: spans[i][0] - spans[i][1])
-    steps = schedule(spans, longest_first[rank::world], batch_size, T)
-    loader = torch.utils.data.DataLoader(Chunks(sequences, spans, steps, T), batch_size=None, num_workers=num_workers,
-                                         pin_memory=device.type == "cuda")
-    model.eval()
-    for step, events in zip(steps, tqdm(loader, "evaluating", unit=" chunks", leave=False, disable=rank > 0)):
-        due = sorted((int(sequences[i].label_frames[j]) - t, b, i, j) for b, (_, i, t) in enumerate(step)
+    starts = [max(int(s.label_frames[0]) - T + 1, 0) for s in sequences]
+    stops = [int(s.label_frames[-1]) + 1 for s in sequences]
+    slots = [[] for _ in range(batch_size)]
+    for i in sorted(range(len(sequences)), key=lambda i: starts[i] - stops[i])[rank::world]:
+        min(slots, key=len).extend((i, t) for t in range(starts[i], stops[i], T))  # into the slot that is free first
+    slots.sort(key=len, reverse=True)  # so the batch gets smaller from its end
+    steps = [[slot[k] for slot in slots if k < len(slot)] for k in range(len(slots[0]))]
+    loader = make_loader(Chunks(sequences, stops, steps, T), 0, num_workers, pin_memory=device.type == "cuda")
+    state = model.eval().initial_state(batch_size)
+    for step in tqdm(steps, "evaluating", unit=" chunks", leave=False, disable=rank > 0):
+        events = next(loader).to(device, non_blocking=True)
+        due = sorted((int(sequences[i].label_frames[j]) - t, b, i, j) for b, (i, t) in enumerate(step)
                      for j in range(*np.searchsorted(sequences[i].label_frames, (t, t + T))))
         frames = torch.zeros(T, len(step), dtype=torch.bool)
         for t, b, _, _ in due:
             frames[t, b] = True
-        if state is not None:
-            rows = [row for row, _, _ in step]
-            state = state if rows == list(range(len(state[0]))) else [s[rows] for s in state]
-            state = reset_state(state, torch.tensor([t == spans[i][0] for _, i, t in step], device=device))
+        first = torch.tensor([t == starts[i] for i, t in step], device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            prediction, state = model(events.to(device, non_blocking=True), state, frames)
+            prediction, state = model(events, reset_state([s[:len(step)] for s in state], first), frames)
         t_us = [sequences[i].boxes[j]["t"][0] for _, _, i, j in due]
-        found.update(zip([(i, j) for _, _, i, j in due], detections(prediction, t_us, **options)))
+        found.update(zip([place[2:] for place in due], detections(prediction, t_us, **options)))
     model.train(training)
     if world > 1:
         shards = [None] * world
         dist.all_gather_object(shards, found)
-        found = {key: boxes for shard in shards for key, boxes in shard.items()}
-    order = [(i, j) for i, s in enumerate(sequences) for j in range(len(s.label_frames))]
-    return [sequences[i].boxes[j] for i, j in order], [found[key] for key in order]
-
-
-def fold_batch_norm(model):
-    """The model, in evaluation mode, with each batch norm merged into the convolution before it; the same function."""
-    for part in [m for m in model.modules() if isinstance(m, Conv)]:
-        part.conv, part.bn = fuse_conv_bn_eval(part.conv, part.bn), torch.nn.Identity()
-    return model
+        found = {place: boxes for shard in shards for place, boxes in shard.items()}
+    return [boxes for s in sequences for boxes in s.boxes], [found[place] for place in sorted(found)]
 
 
 class StreamDetector:
     """Detector for live streams: one 50 ms frame in, boxes out, state kept from call to call.
 
-    model: a Detector, of which it keeps a copy in `dtype`; on a GPU with batch norm folded and captured as a CUDA graph.
-     confidence, nms_iou, score: as in `detections`.
+    model: a Detector, of which it keeps a copy in `dtype`; on a GPU with batch norm folded, and captured as a CUDA
+    graph. options: confidence, nms_iou, score as in `detections`.
 
         detector = StreamDetector(model)
         boxes = detector(frame)         # frame (20, H, W) uint8 -> BOX_DTYPE (n,), pixels of the frame, best first
@@ -216,30 +185,28 @@ class StreamDetector:
     def __init__(self, model, dtype=torch.float32, **options):
         grid, self.options, self.frames, self.graph = model.grid, options, 0, None
         self.model = copy.deepcopy(model).eval()
-        if grid.is_cuda:  # on a CPU it gains nothing (334 ms a frame either way: RVT-B, 360x640, one core, 2026-11)
-            fold_batch_norm(self.model)
+        for part in self.model.modules():  # some 50 kernels fewer; a CPU gains nothing by it
+            if isinstance(part, Conv):
+                part.conv, part.bn = fuse_conv_bn_eval(part.conv, part.bn), torch.nn.Identity()
         self.model.to(dtype).grid = grid  # cell numbers are not exact in bfloat16
         self.events = torch.zeros(1, 1, 20, *model.config.input_hw, dtype=torch.uint8, device=grid.device)
         self.state = self.model.initial_state(1)
         if grid.is_cuda:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries set themselves up before the capture
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):  # libraries set themselves up before the capture
                 for _ in range(3):
-                    self.network()
-            torch.cuda.current_stream().wait_stream(side)
+                    self.step()
+            torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.prediction = self.network()
+                self.step()
             self.graph = graph
             self.reset()
 
-    def network(self):
-        """Prediction for self.events; self.state moves on in place, since a CUDA graph has fixed addresses."""
-        prediction, state = self.model(self.events, self.state)
-        for old, new in zip(self.state, state):
-            old.copy_(new)
-        return prediction
+    def step(self):
+        """Sets self.prediction; self.state moves on in place, since a CUDA graph has fixed addresses."""
+        self.prediction, state = self.model(self.events, self.state)
+        torch._foreach_copy_(self.state, state)
 
     @torch.inference_mode()
     def __call__(self, frame, t_us=None):
@@ -249,35 +216,26 @@ class StreamDetector:
             raise ValueError(f"frame is {frame.dtype} {tuple(frame.shape)}; expected uint8 {tuple(self.events.shape[2:])}")
         self.events.copy_(frame)
         self.frames += 1
-        if self.graph is not None:
-            self.graph.replay()
-        prediction = self.prediction if self.graph is not None else self.network()
-        found = detections(prediction, [50_000 * self.frames if t_us is None else t_us], **self.options)[0]
-        boxes = np.zeros(len(found), BOX_DTYPE)
-        for name in BOX_DTYPE.names:
-            boxes[name] = found[name]
-        return boxes
+        self.graph.replay() if self.graph else self.step()
+        found = detections(self.prediction, [50_000 * self.frames if t_us is None else t_us], **self.options)[0]
+        return found[list(BOX_DTYPE.names)].astype(BOX_DTYPE)
 
     def reset(self):
         """Forget what was seen."""
         self.frames = 0
-        for s in self.state:
-            s.zero_()
+        torch._foreach_zero_(self.state)
 
 
 def speed(model, sequence, dtype=torch.float32, frames=100):
     """Milliseconds a frame (median, 95th percentile) through StreamDetector, boxes included, on a sequence's frames."""
     detector, ms = StreamDetector(model, dtype), []
     for t in range(min(frames, sequence.length)):
-        frame = sequence.read(t, t + 1)[0]
-        start = time.perf_counter()
+        frame, start = sequence.read(t, t + 1)[0], time.perf_counter()
         detector(frame)
         ms.append(1000 * (time.perf_counter() - start))
-    median, p95 = np.percentile(ms[len(ms) // 10:], (50, 95))  # the first ones warm up
-    cuda = model.grid.is_cuda
-    return {"ms_median": round(median, 3), "ms_p95": round(p95, 3), "frames_per_s": round(1000 / median, 1),
-            "frames": len(ms), "dtype": str(dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"}
+    median, p95 = np.percentile(ms[len(ms) // 10:], (50, 95)).round(3).tolist()  # the first ones warm up
+    name = torch.cuda.get_device_name() if model.grid.is_cuda else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "batch": 1, "ms_median": median, "ms_p95": p95, "frames_per_s": round(1000 / median, 1)}
 
 
 # ---- scores
@@ -294,44 +252,38 @@ def prophesee_filter(boxes, width):
 
 
 def match(truth, found, thresholds):
-    """Matches in one frame, one class (or all as one), as COCOeval.evaluateImg finds them, but 10 times faster.
+    """Matches in one frame, one class (or all as one): what COCOeval.evaluateImg finds, 3 to 8 times faster.
 
     Best score first, at most 100, each detection takes the free label that it overlaps most, by `thresholds` (10,) at
-    least; labels outside of the size range only where no other is left. All thresholds and size ranges go at once.
-    -> for each size range what COCOeval.accumulate reads; None where there are no boxes. Of equals the last label wins.
+    least (of equals the last); labels outside of the size range only where no other is left. All thresholds and size
+    ranges go at once. -> for each size range what COCOeval.accumulate reads, None where there are no boxes.
     """
     if not len(truth) and not len(found):
-        return None
+        return [None] * 5
     found = found[np.argsort(-found["class_confidence"], kind="stable")[:100]]
-    boxes, areas = ([np.stack([side[name] for name in "xywh"], 1).astype(float) for side in (found, truth)],
-                    [(side["w"] * side["h"]).astype(float) for side in (found, truth)])  # product in float32, as RVT's
-    limits = np.array([(0, 1e10), *SIZES.values()])[..., None]
-    far, ignored = ((a < limits[:, 0]) | (a > limits[:, 1]) for a in areas)  # (5, D), (5, G)
+    boxes = [np.stack([side[name] for name in "xywh"], 1).astype(float) for side in (found, truth)]
+    iou = np.reshape(coco_iou(*boxes, [0] * len(truth)), (len(found), len(truth)))
+    areas = [(side["w"] * side["h"]).astype(float) for side in (found, truth)]  # products in float32, as RVT's
+    far, ignored = (np.array([(a < low) | (a > high) for low, high in ((0, 1e10), *SIZES.values())]) for a in areas)
     free, hits = np.ones((5, 10, len(truth)), bool), np.zeros((5, 10, len(found)), bool)
     passed = hits.copy()  # detections that count neither way
-    iou = np.reshape(coco_mask.iou(*boxes, [0] * len(truth)), (len(found), len(truth)))
     for d in np.flatnonzero((iou >= thresholds[0]).any(1)):
         able = free & (iou[d] >= thresholds[:, None])
-        rank = np.where(able, iou[d] + 2 * ~ignored[:, None], 0)
-        best = len(truth) - 1 - rank[..., ::-1].argmax(-1)[..., None]  # (5, 10, 1)
+        preference = np.where(able, iou[d] + 2 * ~ignored[:, None], 0)
+        best = len(truth) - 1 - preference[..., ::-1].argmax(-1)[..., None]  # (5, 10, 1)
         hits[..., d] = able.any(-1)
         passed[..., d] = hits[..., d] & np.take_along_axis(ignored[:, None], best, -1)[..., 0]
         np.put_along_axis(free, best, np.take_along_axis(free, best, -1) & ~hits[..., d, None], -1)
     passed |= ~hits & far[:, None]
-    return [{"dtScores": found["class_confidence"], "dtMatches": hits[a], "dtIgnore": passed[a], "gtIgnore": ignored[a]}
-            for a in range(5)]
+    return [{"dtScores": found["class_confidence"], "dtMatches": hit, "dtIgnore": skip, "gtIgnore": outside}
+            for hit, skip, outside in zip(hits, passed, ignored)]
 
 
 def summary(precision, recall):
     """METRICS from precision (10 IoUs, 101, K, 5 sizes, 3 limits) and recall (10, K, 5, 3); -1: undefined."""
-    def mean(values):
-        values = values[values > -1]
-        return float(values.mean()) if values.size else -1.0
-
-    p, r = precision[..., 2], recall[..., 2]  # at most 100 detections
-    values = [p[..., 0], p[0, ..., 0], p[5, ..., 0], *np.moveaxis(p[..., 1:], -1, 0),
-              recall[..., 0, 0], recall[..., 0, 1], r[..., 0], *np.moveaxis(r[..., 1:], -1, 0)]
-    return {metric: mean(value) for metric, value in zip(METRICS, values)}
+    p, r = np.moveaxis(precision[..., 2], -1, 0), np.moveaxis(recall[..., 2], -1, 0)  # at most 100 detections; (5, ...)
+    values = (p[0], p[0, 0], p[0, 5], *p[1:], recall[..., 0, 0], recall[..., 0, 1], *r)
+    return {metric: float(v[v > -1].mean()) if (v > -1).any() else -1.0 for metric, v in zip(METRICS, values)}
 
 
 def score_boxes(labels, detections, height, width, class_names, box_filter="none", class_agnostic=False, class_ids=None):
@@ -341,8 +293,8 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
     T, S, M, L are boxes under 16x16 px, under 32x32 (tiny ones too), up to 96x96, and above. Frames without labels
     (after the filter) are not scored. class_agnostic: classes do not matter for a match, as with the eTraM fork's
     useCats=0; class_ids: only these classes exist, but frames with labels of others stay.
-    -> METRICS, "frames" and "boxes" scored, "classes": {name: METRICS and "boxes"} of the same run, and "curves":
-    {name: precision (101,) over recall 0..1 at IoU 0.5}; the last two are empty where class_agnostic.
+    -> METRICS, "frames" and "boxes" scored; "classes": {name: the same of this class, from the same run} and "curves":
+    {name: precision (101,) over recall 0..1 at IoU 0.5}, both empty where class_agnostic.
     """
     if box_filter not in FILTERS:
         raise ValueError(f"box_filter={box_filter!r}: expected one of {', '.join(FILTERS)}")
@@ -350,16 +302,14 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
         labels, detections = ([prophesee_filter(boxes, width) for boxes in side] for side in (labels, detections))
     ids = sorted(range(len(class_names)) if class_ids is None else class_ids)
     pairs = [(truth, found) for truth, found in zip(labels, detections) if len(truth)]
-    if class_agnostic:  # what would tie goes in the order of classes
-        pairs = [[side[np.isin(side["class_id"], ids)] for side in pair] for pair in pairs]
-        groups = [[[side[np.argsort(side["class_id"], kind="stable")] for side in pair] for pair in pairs]]
-    else:
-        groups = [[[side[side["class_id"] == i] for side in pair] for pair in pairs] for i in ids]
+    groups = [[[side[side["class_id"] == i] for side in pair] for pair in pairs] for i in ids]
+    if class_agnostic:  # equal scores rank by class
+        groups = [[[np.concatenate(sides) for sides in zip(*parts)] for parts in zip(*groups)]]
     coco = COCOeval(iouType="bbox")
     coco.params.imgIds, coco.params.catIds, coco.params.useCats = list(range(len(pairs))), ids, int(not class_agnostic)
     coco.params.areaRng = [(0, 1e10), *SIZES.values()]
     coco._paramsEval = copy.deepcopy(coco.params)
-    found = [[match(*pair, coco.params.iouThrs) or [None] * 5 for pair in group] for group in groups]
+    found = [[match(*pair, coco.params.iouThrs) for pair in group] for group in groups]
     coco.evalImgs = [result[a] for group in found for a in range(5) for result in group]
     with contextlib.redirect_stdout(io.StringIO()):
         coco.accumulate()
@@ -367,7 +317,7 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
     boxes = [sum(len(truth) for truth, _ in group) for group in groups]
     named = [] if class_agnostic else [class_names[i] for i in ids]
     return {**summary(precision, recall), "frames": len(pairs), "boxes": sum(boxes),
-            "classes": {name: {**summary(precision[:, :, [k]], recall[:, [k]]), "boxes": boxes[k]}
+            "classes": {name: {**summary(precision[:, :, [k]], recall[:, [k]]), "frames": len(pairs), "boxes": boxes[k]}
                         for k, name in enumerate(named)},
             "curves": {name: precision[0, :, k, 0, 2] for k, name in enumerate(named)}}
 
@@ -384,35 +334,193 @@ def report(labels, detections, height, width, class_names, small_classes=(), str
     """
     if unknown := set(small_classes) - set(class_names):
         raise ValueError(f"small_classes: no class {', '.join(sorted(unknown))}; there are {', '.join(class_names)}")
-    group, rows, curves = small_classes or [name for name in class_names if name in SMALL], {}, {}
-
-    def add(protocol, box_filter, found=detections, class_agnostic=False, class_ids=None):
-        rows[protocol] = score_boxes(labels, found, height, width, class_names, box_filter, class_agnostic, class_ids)
-        return rows[protocol].pop("classes"), rows[protocol].pop("curves")
-
+    scene, rows, curves = (height, width, class_names), {}, {}
+    group = [name for name in class_names if name in (small_classes or SMALL)]
     for key, kind in FILTERS.items():
-        classes, curve = add(f"class mean, {kind}", key)
-        add(f"class-agnostic, {kind}", key, class_agnostic=True)
-        rows.update({f"{name}, {kind}": row for name, row in classes.items()})
-        members = [classes[name] for name in group]
+        scores = rows[f"class mean, {kind}"] = score_boxes(labels, detections, *scene, key)
+        rows[f"class-agnostic, {kind}"] = score_boxes(labels, detections, *scene, key, class_agnostic=True)
         if group:
-            rows[f"small_classes ({', '.join(group)}), class mean, {kind}"] = {**{
-                key: np.mean([row[key] for row in members if row[key] > -1] or -1) for key in METRICS},
-                "frames": members[0]["frames"], "boxes": sum(row["boxes"] for row in members)}
-        curves = curves or {name: precision[::4].round(3).tolist() for name, precision in curve.items()}
-    add("eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter", "prophesee", detections, True,
-        range(min(3, len(class_names))))
+            members = [scores["classes"][name] for name in group]
+            rows[f"small_classes ({', '.join(group)}), class mean, {kind}"] = {
+                m: np.mean([row[m] for row in members if row[m] > -1] or -1) for m in METRICS} | {
+                "frames": scores["frames"], "boxes": sum(row["boxes"] for row in members)}
+        rows |= {f"{name}, {kind}": row for name, row in scores["classes"].items()}
+        curves = curves or {name: curve[::4].round(3).tolist() for name, curve in scores["curves"].items()}
+    rows["eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter"] = score_boxes(
+        labels, detections, *scene, "prophesee", True, range(min(3, len(class_names))))
     for stride in strides:
-        add(f"detections of stride {stride} alone, class mean, all boxes", "none",
-            [boxes[boxes["stride"] == stride] for boxes in detections])
-    for row in rows.values():
-        row.update({key: None if row[key] == -1 else round(float(row[key]), 7) for key in METRICS})
+        level = [boxes[boxes["stride"] == stride] for boxes in detections]
+        rows[f"detections of stride {stride} alone, class mean, all boxes"] = score_boxes(labels, level, *scene)
+    rows = {protocol: {"frames": row["frames"], "boxes": row["boxes"]} | {
+        m: None if row[m] == -1 else round(float(row[m]), 7) for m in METRICS} for protocol, row in rows.items()}
 
     everything, sizes = np.concatenate([*labels, np.zeros(0, BOX_DTYPE)]), {}
-    area, left = ((boxes["w"] * boxes["h"]).astype(float) for boxes in (everything, prophesee_filter(everything, width)))
+    areas = [(b["w"] * b["h"]).astype(float) for b in (everything, prophesee_filter(everything, width))]
     for name, (low, high) in SIZES.items():
-        before, after = (int(((a >= low) & (a <= high)).sum()) for a in (area, left))
-        sizes[name] = {"boxes": before, "removed": round(1 - after / before, 4) if before else None}
-    print_of_labels = hashlib.sha256(everything[["t", "x", "y", "w", "h", "class_id"]].tobytes()).hexdigest()[:12]
-    return {"settings": {**settings, "resolution": [height, width], "classes": list(class_names), "frames": len(labels),
-                         "boxes": len(everything), "labels": print_of_labels}, "sizes": sizes, "rows": rows, "curves": curves}
+        before, after = (int(((a >= low) & (a <= high)).sum()) for a in areas)
+        sizes[name] = {"boxes": before, "filter_removes": round(1 - after / before, 4) if before else None}
+    fingerprint = hashlib.sha256(b"".join(everything[name].tobytes() for name in ("t", "x", "y", "w", "h", "class_id")))
+    settings |= {"resolution": [height, width], "classes": list(class_names), "frames": len(labels),
+                 "boxes": len(everything), "labels": fingerprint.hexdigest()[:12]}
+    return {"settings": settings, "sizes": sizes, "rows": rows, "curves": curves}
+
+
+def line(name, row, sign=""):
+    """Line of a table: name, frames, boxes and METRICS in percent, with sign="+" as differences."""
+    values = "".join("    n/a" if row[m] is None else f"{100 * row[m]:{sign}7.1f}" for m in METRICS)
+    return f"{name:<76}{row['frames']:8}{row['boxes']:8}{values}"
+
+
+HEAD = f"{'in %':<76}  frames   boxes" + "".join(f"{m:>7}" for m in METRICS)
+
+
+def compare(paths):
+    """Reports side by side, as text: each protocol of the first, with the differences of the others to it.
+
+    ValueError: a file that is no report; a report of another split, data, threshold or ranking than the first.
+    """
+    reports, lines = [], [HEAD]
+    for path in paths:
+        try:
+            reports.append(jsonlib.loads(Path(path).read_text()))
+            settings, expected = ({key: report["settings"][key] for key in COMPARABLE} for report in (reports[-1], reports[0]))
+            [line(*item) for item in reports[-1]["rows"].items()]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: not a report of eval.py ({type(error).__name__}: {error})") from error
+        for key in COMPARABLE:
+            if settings[key] != expected[key]:
+                raise ValueError(f"{path}: {key} is {settings[key]}, but {expected[key]} in {paths[0]}: not comparable")
+    for protocol, base in reports[0]["rows"].items():
+        lines.append(protocol)
+        for path, row in ((path, report["rows"].get(protocol)) for path, report in zip(paths, reports)):
+            lines.append(line(f"  {path}", row) if row else f"  {path}: no such row")
+            if row and row is not base:
+                change = {m: None if None in (row[m], base[m]) else row[m] - base[m] for m in METRICS}
+                lines.append(line("    difference", row | change, "+"))
+    return "\n".join(lines)
+
+
+# ---- pictures
+
+def confusion(labels, detections, K, confidence):
+    """Counts (F, K + 1, K + 1) in each frame of labelled class (rows) against detected class; K is background.
+
+    Best first, each detection with p_obj * p_cls >= confidence takes the label of any class that it overlaps most, if
+    that is free and the IoU 0.5 or more.
+    """
+    counts = np.zeros((len(labels), K + 1, K + 1), int)
+    for count, truth, found in zip(counts, labels, detections):
+        found, missed = found[found["confidence"] >= confidence], truth["class_id"].astype(int)
+        boxes = [np.stack([side[name] for name in "xywh"], 1).astype(float) for side in (found, truth)]
+        overlaps = np.reshape(coco_iou(*boxes, [0] * len(truth)), (len(found), len(truth)))
+        for overlap, detected in zip(overlaps, found["class_id"]):
+            best = overlap.argmax()
+            hit = overlap[best] >= 0.5 and missed[best] < K
+            count[missed[best] if hit else K, detected] += 1
+            missed[best] = K if hit else missed[best]
+        np.add.at(count, (missed[missed < K], K), 1)
+    return counts
+
+
+def pictures(folder, report, sequences, labels, detections, class_names, confidence):
+    """report.png (precision-recall, confusion, AP by size) and frames.png (best, worst, random frames) into `folder`."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    from demo import draw  # here, since demo.py imports this file
+    names, K, rows = [*class_names, "background"], len(class_names), report["rows"]
+    counts = confusion(labels, detections, K, confidence)
+    figure, (curves, matrix, bars) = plt.subplots(1, 3, figsize=(21, 7), layout="constrained")
+    for name, curve in report["curves"].items():
+        if rows[f"{name}, all boxes"]["boxes"]:
+            ap50 = 100 * rows[f"{name}, all boxes"]["AP50"]
+            curves.plot(np.linspace(0, 1, len(curve)), curve, label=f"{name} (AP50 {ap50:.1f})")
+    curves.set(title="IoU 0.5, all boxes", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    curves.legend()
+    total = counts.sum(0)
+    share = total / total.sum(1, keepdims=True).clip(1)
+    matrix.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), n in np.ndenumerate(total):
+        matrix.text(j, i, n or "", ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
+    matrix.set(title=f"boxes with p_obj * p_cls >= {confidence}, IoU >= 0.5", xlabel="detected", ylabel="labelled",
+               yticks=range(K + 1), yticklabels=names)
+    matrix.set_xticks(range(K + 1), names, rotation=45, ha="right")
+    for k, kind in enumerate(FILTERS.values()):
+        values = [rows[f"class mean, {kind}"][m] for m in METRICS[:1] + METRICS[3:7]]
+        bar = bars.bar(np.arange(5) + 0.4 * k, [100 * (v or 0) for v in values], 0.4, label=f"class mean, {kind}")
+        bars.bar_label(bar, ["n/a" if v is None else f"{100 * v:.1f}" for v in values])
+    bars.set_xticks(np.arange(5) + 0.2, [f"all sizes\n{len(labels)} frames"] + [
+        f"{size}\n{report['sizes'][key]['boxes']} boxes" for key, size in zip(SIZES, ("< 16x16", "< 32x32", "32-96", "> 96x96"))])
+    bars.set(title="AP by size, px of the input", ylabel="AP in %")
+    bars.legend()
+    figure.savefig(folder / "report.png", dpi=80)
+
+    frames = [(s, int(t)) for s in sequences for t in s.label_frames]
+    f1 = 2 * np.trace(counts[:, :K, :K], axis1=1, axis2=2) / (counts[:, :K].sum((1, 2)) + counts[:, :, :K].sum((1, 2)))
+    order = np.argsort(-f1, kind="stable")
+    chosen = [*order[:4], *order[4:][-4:], *np.random.default_rng(0).permutation(order[4:-4])[:4]]
+    figure, axes = plt.subplots(3, 4, figsize=(24, 14), layout="constrained")
+    for axis, k, kind in zip(axes.flat, chosen, ("best",) * 4 + ("worst",) * 4 + ("random",) * 4):
+        (sequence, t), found = frames[k], detections[k]
+        axis.imshow(draw(sequence.read(t, t + 1)[0], found[found["confidence"] >= confidence], class_names, labels[k]))
+        axis.set_title(f"{kind}: {sequence.name}, frame {t}, F1 {f1[k]:.2f}")
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.suptitle(f"white: labels; colours: detections with p_obj * p_cls >= {confidence}")
+    figure.savefig(folder / "frames.png", dpi=60)
+    plt.close("all")
+
+
+# ---- command line
+
+def load_detector(path, input_hw=None, **rvt):
+    """Detector of a checkpoint, ours or RVT's, for frames of input_hw (None: those it was trained on; RVT's need it).
+
+    rvt: partition_split and dim_head, which RVT's checkpoints do not tell. ValueError: no checkpoint of either kind.
+    """
+    saved = read_checkpoint(path)
+    if "model_config" not in saved:
+        return load_rvt(path, input_hw=input_hw, **rvt)
+    try:
+        config = ModelConfig(**saved["model_config"])
+    except TypeError as error:
+        raise ValueError(f"{path}: its model_config is not of this version ({error})") from error
+    if input_hw and tuple(input_hw) != config.input_hw:  # no weight depends on it
+        config = replace(config, input_hw=input_hw, partition_split=0)
+    return load_weights(Detector(config), saved["model"], path)
+
+
+def main(argv):
+    if argv[:1] == ["--compare"]:
+        return print(compare(argv[1:]))
+    from train import defaults as training, resolve_device  # here, since train.py imports this file
+    path = configure({**training, **defaults}, argv)["ckpt"]
+    trained = {**read_checkpoint(path).get("config", {}), "out_dir": os.path.dirname(path)}
+    config = SimpleNamespace(**configure({**training, **trained, **defaults}, argv))
+    keep_buffers()
+    device, dtype = resolve_device(config)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    sequences = open_split(config.data_dir, config.split)
+    model = load_detector(path, sequences[0].hw, partition_split=config.partition_split, dim_head=config.dim_head)
+    K = model.config.num_classes
+    names = load_classes(config.data_dir, config.class_names or tuple(map(str, range(K))))
+    largest = max((boxes["class_id"].max() for s in sequences for boxes in s.boxes), default=0)
+    if len(names) != K or largest >= K:
+        raise ValueError(f"{path}: a detector of {K} classes, but {config.data_dir} has {max(len(names), largest + 1)}")
+    options = dict(confidence=config.confidence, nms_iou=config.nms_iou, score=config.score)
+    labels, found = run(model.to(device), sequences, config.eval_batch_size, config.sequence_length, device, dtype,
+                        config.num_workers, **options)
+    if dist.is_initialized() and dist.get_rank():
+        return
+    result = report(labels, found, *sequences[0].hw, names, config.small_classes, model.config.strides, ckpt=path,
+                    data_dir=config.data_dir, split=config.split, sequences=len(sequences), **options,
+                    sequence_length=config.sequence_length, dtype=config.dtype, speed=speed(model, sequences[0], dtype))
+    for key, value in result["settings"].items():
+        print(f"{key}: {value}")
+    ...
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,4 +1,4 @@
-"""Event frames -> box predictions: MaxViT-RNN backbone, PA-FPN over 2 to 4 scales, attention for small objects, YOLOX head.
+"""Event frames -> box predictions: MaxViT-RNN backbone, PA-FPN over 2 to 4 scales, small-object attention, YOLOX head.
 
 In: uint8 event histograms (T, B, 20, H, W) and the recurrent state of each stream. Out: decoded boxes with logits for
 every anchor of the chosen frames, and the next state. Only the LSTMs look back in time, so each stage runs its
@@ -45,37 +45,35 @@ class ModelConfig:
 
     def __post_init__(self):
         self.input_hw, self.fpn_stages = tuple(self.input_hw), tuple(self.fpn_stages)
-        stages = self.fpn_stages
-        if not 2 <= len(stages) <= 4 or stages != tuple(range(stages[0], stages[0] + len(stages))) or \
-                stages[0] < 1 or stages[-1] > 4:
-            raise ValueError(f"fpn_stages={stages}: expected 2 to 4 neighbouring stages of 1 to 4, finest first, "
-                             f"like (1, 2, 3, 4)")
+        if self.fpn_stages not in [tuple(range(low, high + 1)) for low in (1, 2, 3) for high in range(low + 1, 5)]:
+            raise ValueError(f"fpn_stages={self.fpn_stages}: expected 2 to 4 neighbours, finest first, like (1, 2, 3, 4)")
         if self.patch_size not in (2, 3, 4):
             raise ValueError(f"patch_size={self.patch_size}: expected 2, 3 or 4")
-        if self.embed_dim < 8 or self.embed_dim % 8 or self.embed_dim % self.dim_head or self.dim_head < 1:
-            raise ValueError(f"embed_dim={self.embed_dim}, dim_head={self.dim_head}: expected embed_dim a multiple of "
+        if self.embed_dim < 8 or self.embed_dim % 8 or self.dim_head < 1 or self.embed_dim % self.dim_head:
+            raise ValueError(f"embed_dim={self.embed_dim}, dim_head={self.dim_head}: expected embed_dim to be a multiple of "
                              f"8 and of dim_head, like 64 and 32, or 48 and 24")
+        if self.partition_split < 0:
+            raise ValueError(f"partition_split={self.partition_split}: expected 1, 2, ..., or 0 for the default rule")
 
     @property
     def strides(self):
         return tuple(self.patch_size * 2 ** (k - 1) for k in self.fpn_stages)
 
-    def padded_hw(self, split):
-        unit = self.patch_size * 8 * split
-        return tuple(math.ceil(size / unit) * unit for size in self.input_hw)
-
-    def part(self, split):
+    @property
+    def part(self):
         """Tokens (rows, columns) of an attention group."""
-        return tuple(size // (self.patch_size * 8 * split) for size in self.padded_hw(split))
+        return tuple(math.ceil(size / (self.patch_size * 8 * self.partition_split)) for size in self.input_hw)
+
+    @property
+    def padded_hw(self):
+        return tuple(tokens * self.patch_size * 8 * self.partition_split for tokens in self.part)
 
     def resolved(self):
         """Copy with the partition split decided; ValueError where input size or classes are not known yet."""
-        if min(self.input_hw) < 1 or self.num_classes < 1 or self.partition_split < 0:
-            raise ValueError(f"input_hw={self.input_hw}, num_classes={self.num_classes}, partition_split="
-                             f"{self.partition_split}: expected positive sizes; the first two come from the data set")
-        split = self.partition_split or min(
-            range(1, 9), key=lambda s: abs(math.log(math.prod(self.part(s)) / TOKENS)))
-        return dataclasses.replace(self, partition_split=split)
+        if min(self.input_hw) < 1 or self.num_classes < 1:
+            raise ValueError(f"input_hw={self.input_hw}, num_classes={self.num_classes}: expected positive numbers")
+        splits = [dataclasses.replace(self, partition_split=split) for split in range(1, 9)]
+        return self if self.partition_split else min(splits, key=lambda c: abs(math.log(math.prod(c.part) / TOKENS)))
 
 
 @contextmanager
@@ -92,12 +90,14 @@ def frozen_statistics(module):
             m._buffers.update(buffers)
 
 
-def recompute(module, *args):
-    """module(*args), keeping only the arguments for the backward pass; batch statistics move once."""
-    if torch.compiler.is_compiling():  # the compiler recomputes without repeating mutations, and takes no contexts
-        return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
-    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False,
-                      context_fn=lambda: (nullcontext(), frozen_statistics(module)))
+def recompute(again, module, *args):
+    """module(*args); if `again`, only the arguments are kept for the backward pass. Batch statistics move once."""
+    if not (again and torch.is_grad_enabled()):
+        return module(*args)
+    # a compiler recomputes without repeating mutations, and takes no contexts
+    contexts = {} if torch.compiler.is_compiling() else {
+        "context_fn": lambda: (nullcontext(), frozen_statistics(module))}
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
 # ---- backbone
@@ -126,17 +126,6 @@ def unpartition(x, part, mode, hw):
     return rearrange(x, f"{GROUPS} -> {LAYOUT[mode]}", ph=ph, pw=pw, nh=hw[0] // ph, nw=hw[1] // pw)
 
 
-class LayerScale(nn.Module):
-    """Learned factor per channel, from 1e-5. Source: CaiT, arXiv 2103.17239."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class PartitionAttention(nn.Module):
     """Self-attention and MLP inside windows or grids of a map (B, H, W, C), each with pre-norm, scale and residual."""
 
@@ -146,11 +135,10 @@ class PartitionAttention(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-5) if first_norm else nn.Identity()
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.scale1 = LayerScale(dim)
+        self.scale1, self.scale2 = (nn.Parameter(torch.full((dim,), 1e-5)) for _ in range(2))  # CaiT, arXiv 2103.17239
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
-        self.scale2 = LayerScale(dim)
 
     def attend(self, x):
         qkv = rearrange(self.qkv(x), "g n (heads d) -> g heads n d", d=3 * self.dim_head)  # [q | k | v] per head
@@ -160,8 +148,8 @@ class PartitionAttention(nn.Module):
     def forward(self, x):
         hw = x.shape[1:3]
         x = partition(x, self.part, self.mode)  # stays in groups through attention and MLP
-        x = x + self.scale1(self.attend(self.norm1(x)))
-        x = x + self.scale2(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        x = x + self.scale1 * self.attend(self.norm1(x))
+        x = x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return unpartition(x, self.part, self.mode, hw)
 
 
@@ -203,18 +191,12 @@ class Stage(nn.Module):
         x = self.conv(x.flatten(0, 1))
         dtype = x.dtype  # what autocast computes in
         x = self.norm(x.permute(0, 2, 3, 1))  # (T * B, H, W, C)
-        if self.checkpointing and torch.is_grad_enabled():
-            # one time step after the other: what is recomputed at once is a T-th
-            for block in self.attention:
-                x = torch.cat([recompute(block, part) for part in x.split(B)])
-        else:
-            x = self.attention(x)
-        x, h, features = x.to(dtype), h.to(dtype), []
-        for x_t in x.unflatten(0, (T, B)).unbind():
-            if self.checkpointing and torch.is_grad_enabled():
-                h, c = recompute(self.lstm, x_t, h, c)
-            else:
-                h, c = self.lstm(x_t, h, c)
+        parts = x.split(B) if self.checkpointing else [x]  # one time step after the other: a T-th is recomputed at once
+        for block in self.attention:
+            parts = [recompute(self.checkpointing, block, part) for part in parts]
+        h, features = h.to(dtype), []
+        for x_t in (x_t for part in parts for x_t in part.to(dtype).split(B)):
+            h, c = recompute(self.checkpointing, self.lstm, x_t, h, c)
             features.append(h)
         return torch.stack(features).permute(0, 1, 4, 2, 3), h.float(), c
 
@@ -268,7 +250,7 @@ class PAFPN(nn.Module):
 
     def forward(self, features):
         def run(module, level, x):  # the two finest levels hold most of the activations
-            return recompute(module, x) if self.checkpointing and level < 2 and torch.is_grad_enabled() else module(x)
+            return recompute(self.checkpointing and level < 2, module, x)
 
         x, laterals, outputs = features[-1], [], []
         for i in reversed(range(len(self.lateral))):
@@ -328,19 +310,16 @@ class SmallObjectAttention(nn.Module):
 
     def __init__(self, dim, spatial, temporal):
         super().__init__()
-        self.spatial = MultiScaleSpatialAttention(dim) if spatial else None
+        self.spatial = MultiScaleSpatialAttention(dim) if spatial else nn.Identity()
         self.temporal = EventTemporalAttention(dim) if temporal else None
-        self.join = Conv(dim, dim) if spatial and temporal else None
+        self.join = Conv(dim, dim) if spatial and temporal else nn.Identity()
 
     def forward(self, x, past):
         TB = x.shape[:2]
-        if self.spatial is not None:
-            x = self.spatial(x.flatten(0, 1)).unflatten(0, TB)
+        x = self.spatial(x.flatten(0, 1)).unflatten(0, TB)
         if self.temporal is not None:
             x, past = self.temporal(x, past)
-        if self.join is not None:
-            x = self.join(x.flatten(0, 1)).unflatten(0, TB)
-        return x, past
+        return self.join(x.flatten(0, 1)).unflatten(0, TB), past
 
 
 class ScaleAwareChannelAttention(nn.Module):
@@ -377,11 +356,8 @@ class Head(nn.Module):
             nn.init.constant_(pred.bias, -math.log(99))
 
     def forward(self, x):
-        def run(module, x):
-            return recompute(module, x) if self.checkpointing and torch.is_grad_enabled() else module(x)
-
-        x = run(self.stem, x)
-        cls, reg = run(self.cls_convs, x), run(self.reg_convs, x)
+        x = recompute(self.checkpointing, self.stem, x)
+        cls, reg = recompute(self.checkpointing, self.cls_convs, x), recompute(self.checkpointing, self.reg_convs, x)
         out = torch.cat((self.reg_pred(reg), self.obj_pred(reg), self.cls_pred(cls)), dim=1)
         return out.flatten(2).transpose(1, 2)
 
@@ -398,11 +374,10 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config = config.resolved()
         dims = [config.embed_dim * 2 ** k for k in range(4)]
-        self.padded_hw, part = config.padded_hw(config.partition_split), config.part(config.partition_split)
-        deepest, again = config.fpn_stages[-1], config.checkpointing
+        again = config.checkpointing
         self.stages = nn.ModuleList(
-            Stage(dims[k - 1] if k else 20, dims[k], 2 if k else config.patch_size, part, config.dim_head, again)
-            for k in range(deepest))
+            Stage(dims[k - 1] if k else 20, dims[k], 2 if k else config.patch_size, config.part, config.dim_head, again)
+            for k in range(config.fpn_stages[-1]))
         dims = [dims[k - 1] for k in config.fpn_stages]
         self.fpn = PAFPN(dims, config.fpn_depth, again)
         self.heads = nn.ModuleList(Head(dim, dims[-1] // 4, config.num_classes, again and level < 2)
@@ -414,20 +389,19 @@ class Detector(nn.Module):
                 ScaleAwareChannelAttention(dim, stride) for dim, stride in zip(dims, config.strides))
         grids = []
         for stride in config.strides:
-            y, x = torch.meshgrid(*[torch.arange(size // stride) for size in self.padded_hw], indexing="ij")
+            y, x = torch.meshgrid(*[torch.arange(size // stride) for size in config.padded_hw], indexing="ij")
             grids.append(torch.stack((x, y, torch.full_like(x, stride)), dim=-1).flatten(0, 1))
         self.register_buffer("grid", torch.cat(grids).float(), persistent=False)  # (A, 3) cell x, cell y, stride
         self.to(memory_format=torch.channels_last)
 
     def initial_state(self, B):
         """Zeros for B new streams: h and c (B, H_k, W_k, C_k) per stage, then the attention's past (B, 2, C, H, W)."""
-        config, shapes = self.config, []
-        def hw(k):
-            return [size // (config.patch_size * 2 ** k) for size in self.padded_hw]
-        for k in range(len(self.stages)):
-            shapes += [(B, *hw(k), config.embed_dim * 2 ** k)] * 2
+        config, (H, W) = self.config, self.config.padded_hw
+        maps = [(config.embed_dim * 2 ** k, H // stride, W // stride)
+                for k, stride in enumerate(config.patch_size * 2 ** k for k in range(len(self.stages)))]
+        shapes = [(B, H, W, C) for C, H, W in maps for _ in range(2)]
         if config.small_object_attention and config.attention_temporal:
-            shapes += [(B, 2, config.embed_dim * 2 ** (k - 1), *hw(k - 1)) for k in config.fpn_stages[:2]]
+            shapes += [(B, 2, *maps[k - 1]) for k in config.fpn_stages[:2]]
         return [torch.zeros(shape, device=self.grid.device) for shape in shapes]
 
     def backbone(self, events, state):
@@ -436,9 +410,9 @@ class Detector(nn.Module):
         if (H, W) != self.config.input_hw:
             raise ValueError(f"event frames are {H}x{W} but this detector was built for "
                              f"{self.config.input_hw[0]}x{self.config.input_hw[1]} (input_hw)")
-        device = events.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.stages[0].conv.weight.dtype
-        x = F.pad(events.flatten(0, 1), (0, self.padded_hw[1] - W, 0, self.padded_hw[0] - H))
+        device, (padded_h, padded_w) = events.device.type, self.config.padded_hw
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.stages[0].norm.weight.dtype
+        x = F.pad(events.flatten(0, 1), (0, padded_w - W, 0, padded_h - H))
         x = x.to(dtype, memory_format=torch.channels_last).unflatten(0, (T, B))
         features, following = [], []
         for k, stage in enumerate(self.stages):
@@ -524,7 +498,7 @@ def read_checkpoint(path):
 
 RVT_NAMES = [  # (RVT's name, ours) as regular expressions, applied in turn
     (r"^backbone\.", ""), (r"\.downsample_cf2cl\.", "."), (r"\.att_blocks\.0\.att_window\.", ".attention.0."),
-    (r"\.att_blocks\.0\.att_grid\.", ".attention.1."), (r"\.self_attn\.", "."), (r"\.ls(\d)\.", r".scale\1."),
+    (r"\.att_blocks\.0\.att_grid\.", ".attention.1."), (r"\.self_attn\.", "."), (r"\.ls(\d)\.gamma", r".scale\1"),
     (r"\.mlp\.net\.0\.0\.", ".fc1."), (r"\.mlp\.net\.2\.", ".fc2."), (r"\.lstm\.conv1x1\.", ".lstm.gates."),
     (r"^fpn\.lateral_conv0\.", "fpn.lateral.1."), (r"^fpn\.reduce_conv1\.", "fpn.lateral.0."),
     (r"^fpn\.C3_p4\.", "fpn.top_down.1."), (r"^fpn\.C3_p3\.", "fpn.top_down.0."),
@@ -538,14 +512,13 @@ RVT_NAMES = [  # (RVT's name, ours) as regular expressions, applied in turn
 
 def load_weights(model, weights, where):
     """Copy a state dict into `model`; ValueError names what is missing, left over or of another shape."""
-    own = model.state_dict()
-    shape = {key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape}
-    wrong = [f"{key} ({what})" for what, keys in
-             (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys()),
-              ("other shape", shape)) for key in sorted(keys)]
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    given = {key: getattr(value, "shape", None) for key, value in weights.items()}
+    wrong = sorted(f"{key} is {tuple(given[key] or ()) if key in given else 'missing'}, expected "
+                   f"{tuple(own[key]) if key in own else 'nothing'}"
+                   for key in own.keys() | given.keys() if own.get(key) != given.get(key))
     if wrong:
-        raise ValueError(f"{where}: weights do not fit this architecture: {', '.join(wrong[:4])}"
-                         + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+        raise ValueError(f"{where}: {len(wrong)} weights do not fit this architecture: {'; '.join(wrong[:3])}")
     model.load_state_dict(weights)
     return model
 

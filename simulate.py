@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import command_line, configure
-from prepare import NO_LABELS, prepare, run_jobs
+from prepare import LABEL, prepare, run_jobs
 
 dst = "datasets/traffic_raw"
 train = 30             # sequences a split
@@ -175,7 +175,7 @@ def render(scene, things, step, owner=None):
 
 
 def labels_at(things, step, owner, options):
-    """Labels of the road users in view as tuples of NO_LABELS' fields: whole boxes cropped to the frame.
+    """Labels of the road users in view as tuples of LABEL' fields: whole boxes cropped to the frame.
 
     Left out: what is out of view or hidden by more than 1 - MIN_VISIBLE, too small, or has not moved yet (it never caused an
     event, so no detector can know of it).
@@ -258,7 +258,7 @@ def simulate_sequence(job):
                     group[key].resize(len(group[key]) + len(t), axis=0)
                     group[key][len(group[key]) - len(t):] = column
                 events = []
-    np.save(folder / f"{name}_bbox.npy", np.array(labels, NO_LABELS.dtype))
+    np.save(folder / f"{name}_bbox.npy", np.array(labels, LABEL))
     os.replace(folder / f".{name}.part", folder / f"{name}_td.h5")
 
 
@@ -279,7 +279,7 @@ def ensure_toy(data_dir="datasets/toy", num_workers=num_workers):
         return
     print(f"{data_dir} does not exist: simulating {train + val + test} recordings of traffic, {seconds:g} s each (minutes)")
     simulate(f"{data_dir}_raw", num_workers)
-    prepare(f"{data_dir}_raw", data_dir, "etram", num_workers, quiet=True, box_filter="none")
+    prepare(f"{data_dir}_raw", data_dir, "etram", num_workers, box_filter="none")
 
 
 def main(argv):

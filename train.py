@@ -274,7 +274,7 @@ def train(config, checkpoint=None):
         with open(os.path.join(config.out_dir, "config.py"), "w") as file:
             file.write(f'"""python train.py {config.out_dir}/config.py"""\n\n' + dump(vars(config)))
     say(dump(vars(config)) + f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; attention in groups of "
-        f"{model.config.part(model.config.partition_split)} tokens at {model.padded_hw}; strides {model.config.strides}; "
+        f"{model.config.part} tokens at {model.config.padded_hw}; strides {model.config.strides}; "
         f"{len(sequences)} sequences, {train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
     wandb = None
     if config.wandb_log and rank == 0:
