@@ -21,4 +21,4 @@ test: .venv/tests
 	$(PY) -m pytest -q -rs test_all.py
 
 soak: .venv/tests
-	$(PY) -m pytest -q -rs test_all.py --soak
+	SOAK=1 $(PY) -m pytest -q -rs test_all.py -k 'fifty or twenty_thousand'

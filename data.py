@@ -13,9 +13,8 @@ import json
 import os
 import signal
 import struct
-import sys
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import h5py
 import hdf5plugin  # its import registers the Blosc filter with HDF5
@@ -41,13 +40,30 @@ CHANNELS = 20  # polarity * 10 + time bin
 BOX_DTYPE = np.dtype([("t", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"),
                       ("class_id", "<u4"), ("track_id", "<u4"), ("class_confidence", "<f4")])
 
+# One micro-batch; T time steps, B slots, N frames with labels.
+#   events (T, B, 20, H, W) uint8 as stored, zeros where a run has ended; rows (B, H), cols (B, W) int64, for augment
+#   is_first (B,) bool: a run starts, its state is reset before this chunk; frames (T, B) bool: the N, at least one
+#   targets (N, M, 5) float32, in (t, b) order: class, cx, cy, w, h in augmented pixels; rows of zeros pad
+#   has_boxes bool; False: the one frame of `frames` is a filler without boxes, the loss weighs 0
+Batch = namedtuple("Batch", "events rows cols is_first frames targets has_boxes")
+
+# Augmentation of a run: flip left to right, then zoom. zoom > 1 shows the window whose top-left corner is (x, y), 1 / zoom
+# of the frame, as the whole frame; zoom < 1 shows the whole frame in such a window, `zoom` of the frame, among zeros.
+View = namedtuple("View", "flip zoom x y")
+
 
 # ---------------------------------------------------------------------------------------------------- prepared sequences
 
 
-def damaged(path, error):
+def damaged(path, what):
     """The ValueError, of one line, for a file that cannot be used."""
-    return ValueError(f"{path}: {' '.join(str(error).split())}; prepare this sequence again")
+    return ValueError(f"{path}: {' '.join(str(what).split())}; prepare this sequence again")
+
+
+def check(fine, path, what):
+    """Raise `damaged` unless `fine`."""
+    if not fine:
+        raise damaged(path, what)
 
 
 def read_array(path, key=None):
@@ -65,20 +81,12 @@ def ascending(indices, end):
     return len(indices) == 0 or bool(indices[0] >= 0 and indices[-1] < end and (np.diff(indices) > 0).all())
 
 
-def load_zstd():
-    """zstd's functions, which hdf5plugin's Blosc filter exports; None where it is built otherwise."""
-    try:
-        library = ctypes.CDLL(str(next(Path(hdf5plugin.PLUGIN_PATH).glob("libh5blosc.*"))))
-        pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        library.ZSTD_createDCtx.restype, library.ZSTD_freeDCtx.argtypes = pointer, [pointer]
-        library.ZSTD_decompressDCtx.restype = size
-        library.ZSTD_decompressDCtx.argtypes = [pointer, pointer, size, pointer, size]
-        return library
-    except (StopIteration, OSError, AttributeError):
-        return None
-
-
-ZSTD = load_zstd()
+try:  # zstd's functions, which hdf5plugin's Blosc filter exports
+    ZSTD = ctypes.CDLL(str(next(Path(hdf5plugin.PLUGIN_PATH).glob("libh5blosc.*"))))
+    ZSTD.ZSTD_createDCtx.restype, ZSTD.ZSTD_freeDCtx.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    ZSTD.ZSTD_decompressDCtx.argtypes = 2 * [ctypes.c_void_p] + [ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t]
+except (StopIteration, OSError, AttributeError):  # built otherwise: h5py decodes everything
+    ZSTD = None
 
 
 def decode_chunk(chunk, out):
@@ -87,34 +95,34 @@ def decode_chunk(chunk, out):
     HDF5's filter has zstd clear a context of 160 KB for each block of 32 KB: 4.6 ms a frame of 20x360x640, against 2.1
     here (Xeon with AVX-512, hdf5plugin 7.1, 2026-11). Format: README_CHUNK_FORMAT.rst of c-blosc 1.
     """
-    _, _, flags, typesize, size, block, length = struct.unpack_from("<4B3I", chunk.ljust(16, b"\0"))
-    if (flags >> 5, flags & 2, typesize, size, length) != (4, 0, 1, out.nbytes, len(chunk)) or not block or not ZSTD:
+    _, _, flags, typesize, size, block, length = struct.unpack_from("<4B3I", chunk)
+    if not (ZSTD and out.flags.c_contiguous) or (flags >> 5, flags & 2, typesize, size, length) != (4, 0, 1, out.nbytes, len(chunk)):
         return False
-    source, target, context = np.frombuffer(chunk, np.uint8).ctypes.data, out.ctypes.data, ZSTD.ZSTD_createDCtx()
-    try:
-        for i, start in enumerate(struct.unpack_from(f"<{-(-size // block)}I", chunk, 16)):
-            packed, room = struct.unpack_from("<I", chunk, start)[0], min(block, size - i * block)
-            if packed > length - start - 4 or packed == room or room != ZSTD.ZSTD_decompressDCtx(
-                    context, target + i * block, room, source + start + 4, packed):
-                return False
-    except struct.error:
-        return False
-    finally:
-        ZSTD.ZSTD_freeDCtx(context)
-    return True
+    starts = struct.unpack_from(f"<{-(-size // block)}I", chunk, 16)
+    packed = [struct.unpack_from("<I", chunk, start)[0] for start in starts]
+    rooms = [min(block, size - done) for done in range(0, size, block)]  # a block as long as its room is not compressed
+    source, target, context = np.frombuffer(chunk, np.uint8).ctypes.data + 4, out.ctypes.data, ZSTD.ZSTD_createDCtx()
+    done = all(count < room and start + 4 + count <= length and room == ZSTD.ZSTD_decompressDCtx(
+        context, target + i * block, room, source + start, count)
+        for i, (start, count, room) in enumerate(zip(starts, packed, rooms)))
+    ZSTD.ZSTD_freeDCtx(context)
+    return done
 
 
 @functools.lru_cache(maxsize=64)  # bounded: Gen1 has more sequences than a process may hold files open
-def open_events(path, pid, mtime_ns):
-    """(file, its dataset 'data', whether decode_chunk may try) for each process and version of a file; any error."""
-    file = h5py.File(path, "r")
-    data = file["data"]
-    if data.dtype != np.uint8 or data.ndim != 4 or data.shape[1] != CHANNELS or 0 in data.shape:
-        raise ValueError(f"data is {data.dtype} {data.shape}, expected uint8 (N, {CHANNELS}, H, W) with N > 0")
-    creation, by_frame = data.id.get_create_plist(), data.chunks == (1, *data.shape[1:])
-    if by_frame and data.id.get_num_chunks() != len(data):
-        raise ValueError(f"{data.id.get_num_chunks()} of {len(data)} frames are there")
-    return file, data, by_frame and creation.get_nfilters() == 1 and creation.get_filter(0)[0] == hdf5plugin.BLOSC_ID
+def open_events(path, version, pid):
+    """(file, its dataset 'data', whether decode_chunk may try) for each version of a file and process; ValueError."""
+    try:
+        file = h5py.File(path, "r")
+        data, creation = file["data"], file["data"].id.get_create_plist()
+        by_frame, filters = data.chunks == (1, *data.shape[1:]), range(creation.get_nfilters())
+        written = data.id.get_num_chunks() if by_frame else data.shape[0]
+    except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, AttributeError, ...
+        raise damaged(path, error) from error
+    check(data.dtype == np.uint8 and data.ndim == 4 and data.shape[1] == CHANNELS and 0 not in data.shape, path,
+          f"data is {data.dtype} {data.shape}, expected uint8 (N, {CHANNELS}, H, W) with N > 0")
+    check(written == len(data), path, f"{written} of {len(data)} frames are there")
+    return file, data, by_frame and [creation.get_filter(i)[0] for i in filters] == [hdf5plugin.BLOSC_ID]
 
 
 def fit_boxes(boxes, hw, half):
@@ -138,71 +146,60 @@ class Sequence:
 
     path, name: its folder. hw (H, W): the network's input. length N: frames. timestamps_us (N,) int64: ends of windows.
     label_frames (L,) int64 ascending: frames that carry boxes; boxes: L arrays of BOX_DTYPE in pixels of the input.
-    notes: lines on what loading repaired. resolution as in open_split; num_classes 0: ids are not checked.
-    ValueError names the file that is missing, damaged or does not fit the others.
+    note: what loading repaired. resolution as in open_split; num_classes 0: ids are not checked; decode: every frame, not
+    the last alone. ValueError names the file that is missing, damaged or does not fit the others.
     """
 
-    def __init__(self, path, resolution="auto", num_classes=0):
-        self.path, self.name, self.notes = Path(path), Path(path).name, []
-        folder = self.path / REPRESENTATION
+    def __init__(self, path, resolution="auto", num_classes=0, decode=False):
+        self.path, self.name, self.note = Path(path), Path(path).name, ""
+        folder, labels = self.path / REPRESENTATION, self.path / "labels_v2" / "labels.npz"
         there = [kind for kind in FILES if (folder / FILES[kind]).is_file()]
         kind = there[0] if there and resolution == "auto" else resolution
         if kind not in there:
-            raise ValueError(f"{folder}: no {FILES.get(kind, FILES['full'])}, there is {' and '.join(there) or 'neither'} "
-                             f"resolution; use resolution='auto' or prepare the data at the one you want")
+            raise ValueError(f"{self.path}: holds no events at resolution={resolution!r}, only {there} of {list(FILES)}; ask "
+                             f"for what is there or prepare the data first: python prepare.py --src=RAW --dst=DATA")
         self.file, self.half = str(folder / FILES[kind]), kind == "half"
-        self.length, _, H, W = self._open()[1].shape
-        self.hw = H, W
-        self.read(self.length - 1, self.length)
+        self.version = os.stat(self.file).st_mtime_ns
+        self.length, _, *hw = open_events(self.file, self.version, os.getpid())[1].shape
+        self.hw = tuple(hw)
+        for frame in range(0 if decode else self.length - 1, self.length):
+            self.read(frame, frame + 1)
         times, index = folder / "timestamps_us.npy", folder / "objframe_idx_2_repr_idx.npy"
         self.timestamps_us, frames = read_array(times), read_array(index)
-        if len(self.timestamps_us) != self.length:
-            raise damaged(times, f"{len(self.timestamps_us)} times for the {self.length} frames of {self.file}")
-        if (np.diff(self.timestamps_us) <= 0).any():
-            raise damaged(times, "times out of order")
-        if not ascending(frames, self.length):
-            raise damaged(index, f"indices do not ascend within the {self.length} frames of {self.file}")
-        self._load_boxes(self.path / "labels_v2" / "labels.npz", frames, num_classes)
+        check(len(self.timestamps_us) == self.length, times, f"not one time for each of {self.length} frames")
+        check((np.diff(self.timestamps_us) > 0).all(), times, "times out of order")
+        check(ascending(frames, self.length), index, f"indices do not ascend within {self.length} frames")
+        self._load_boxes(labels, read_array(labels, "labels"), read_array(labels, "objframe_idx_2_label_idx"), frames)
+        largest = max((int(boxes["class_id"].max()) for boxes in self.boxes), default=0)
+        check(largest < (num_classes or 2**16), labels, f"class id {largest}, but there are {num_classes} classes; name all")
 
-    def _load_boxes(self, path, frames, num_classes):
-        """Set label_frames and boxes; frames (F,): the frame of each entry of objframe_idx_2_label_idx."""
-        labels, first = read_array(path, "labels"), read_array(path, "objframe_idx_2_label_idx")
-        if len(first) != len(frames) or not ascending(first, len(labels)):
-            raise damaged(path, f"objframe_idx_2_label_idx does not fit {len(labels)} labels and {len(frames)} frames")
+    def _load_boxes(self, path, labels, first, frames):
+        """Set label_frames, boxes, note; first (F,): the first label of each labelled frame, frames (F,): the frame."""
         boxes = np.ones(len(labels), BOX_DTYPE)
         try:
-            with np.errstate(all="ignore"):  # what overflows is caught below
+            with np.errstate(all="ignore"):  # what overflows is found below
                 for name in BOX_DTYPE.names:
-                    if name in labels.dtype.names or name not in ("track_id", "class_confidence"):  # older labels lack these
+                    if name in labels.dtype.names or name not in ("track_id", "class_confidence"):  # older sets lack these
                         boxes[name] = labels[name]
         except Exception as error:
-            raise damaged(path, f"labels do not have the fields {BOX_DTYPE.names} ({error})") from error
-        if (np.diff(boxes["t"]) < 0).any() or not all(np.isfinite(boxes[name]).all() for name in "xywh"):
-            raise damaged(path, "labels hold times out of order, or boxes that are not finite")
-        largest = int(boxes["class_id"].max(initial=0))
-        if largest >= (num_classes or 2**16):
-            raise ValueError(f"{path}: class id {largest}, but there are {num_classes or 'no such many'} classes; "
-                             f"name them all: class_names=... or dataset.json")
+            raise damaged(path, f"labels do not hold the numbers {BOX_DTYPE.names} ({error})") from error
+        check(len(first) == len(frames) and ascending(first, len(labels)), path, "label indices do not fit the frames")
+        check((np.diff(boxes["t"]) >= 0).all(), path, "times out of order")
+        check(np.isfinite([boxes[name] for name in "xywh"]).all(), path, "boxes are not finite")
         frame_of = np.repeat(frames, np.diff(np.append(first, len(labels))))
         boxes = boxes[len(labels) - len(frame_of):]
         fitted, left = fit_boxes(boxes, self.hw, self.half)
         scale = 2 if self.half else 1
         clipped = np.any([abs(fitted[name] * scale - boxes[name]) > scale for name in "xywh"], 0)
         if clipped.any() or not left.all():
-            self.notes.append(f"{path}: {clipped.sum()} of {len(boxes)} boxes reach out of the frame and are clipped, "
-                              f"{(~left).sum()} are left without an area and dropped")
+            self.note = (f"{path}: {clipped.sum()} of {len(boxes)} boxes reach out of the frame and are clipped, "
+                         f"{(~left).sum()} are left without an area and dropped")
         self.label_frames, starts = np.unique(frame_of[left], return_index=True)
         self.boxes = np.split(fitted[left], starts[1:]) if left.any() else []
 
-    def _open(self):
-        try:
-            return open_events(self.file, os.getpid(), os.stat(self.file).st_mtime_ns)
-        except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, AttributeError, ...
-            raise damaged(self.file, error) from error
-
     def read(self, start, stop, out=None):
-        """Event frames start to stop, uint8 (stop - start, 20, H, W), into `out` if given; ValueError names file and frame."""
-        _, data, plain = self._open()
+        """Event frames start to stop, uint8 (stop - start, 20, H, W), into `out` if given; ValueError: file and frame."""
+        _, data, plain = open_events(self.file, self.version, os.getpid())
         out = np.empty((stop - start, CHANNELS, *self.hw), np.uint8) if out is None else out
         for frame in range(start, stop):  # one by one: HDF5 takes 60 times longer to fill part of a larger array
             try:
@@ -213,23 +210,20 @@ class Sequence:
         return out
 
 
-def open_split(data_dir, split, num_classes=0, resolution="auto", findings=None):
-    """Sequences of DATA/split by name, each checked and its last frame decoded.
+def open_split(data_dir, split, num_classes=0, resolution="auto", findings=None, decode=False):
+    """Sequences of DATA/split by name, each checked and its last frame decoded, or all with `decode`.
 
     resolution: "auto" takes the half-resolution file where there is one, "half" and "full" insist. ValueError: split missing
-    or empty, a sequence damaged, sizes that differ, a class id >= num_classes (0: unchecked); what concerns a sequence goes
-    to the list `findings` instead, if given.
+    or empty, a sequence damaged, sizes that differ, a class id >= num_classes (0: unchecked); given a list of `findings`,
+    what is wrong goes there, and the sequences that are fine come back.
     """
     folder, sequences = Path(data_dir) / split, []
     paths = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
-    if not paths:
-        raise ValueError(f"{folder}: no sequences here; prepare the data first: python prepare.py --src=RAW --dst={data_dir}")
-    for path in paths:
+    for path in tqdm(paths or [folder], f"opening {folder}", leave=False, disable=None):
         try:
-            sequence = Sequence(path, resolution, num_classes)
-            if sequences and sequence.hw != sequences[0].hw:
-                raise ValueError(f"{sequence.file}: frames of {sequence.hw}, but {sequences[0].hw} in {sequences[0].file}; "
-                                 f"a data set has one size")
+            sequence = Sequence(path, resolution, num_classes, decode)
+            sizes = {sequence.hw, *(other.hw for other in sequences[:1])}
+            check(len(sizes) == 1, sequence.file, f"the frames have other sizes than those before: {sizes}")
             sequences.append(sequence)
         except ValueError as error:
             if findings is None:
@@ -243,27 +237,16 @@ def load_classes(data_dir, class_names=(), num_classes=0):
     path, names = Path(data_dir) / "dataset.json", tuple(class_names) or tuple(map(str, range(num_classes)))
     if path.is_file():
         try:
-            names = tuple(json.loads(path.read_bytes())["classes"])
-            assert all(isinstance(name, str) for name in names)
+            names = tuple(name + "" for name in json.loads(path.read_bytes())["classes"])
         except Exception as error:
-            raise ValueError(f'{path}: not {{"classes": [names]}} ({type(error).__name__}); correct it') from error
+            raise ValueError(f"{path}: 'classes' is not a list of names ({error}); correct it") from error
     if not names or num_classes not in (0, len(names)):
-        raise ValueError(f"{path}: {len(names)} classes are named there or by class_names, expected {num_classes or 'some'}; "
-                         f"give class_names=... or num_classes=...")
+        raise ValueError(f"{path}: {len(names)} classes are named there or by class_names, num_classes={num_classes}; give "
+                         f"class_names=..., or num_classes=... alone")
     return names
 
 
 # ---------------------------------------------------------------------------------------------------------- augmentation
-
-
-class View(NamedTuple):
-    """Augmentation of a run: flip left to right, then zoom. zoom > 1 shows the window of 1 / zoom of the frame whose top-left
-    corner is (x, y) as the whole frame; zoom < 1 shows the whole frame in such a window of zeros, `zoom` of its size."""
-
-    flip: bool
-    zoom: float
-    x: int
-    y: int
 
 
 def draw_view(rng, hw, boxes, flip, zoom, zoom_in_share, zoom_in_max, zoom_out_max):
@@ -333,18 +316,6 @@ def augment(events, rows, cols):
 # ------------------------------------------------------------------------------------------------------- training batches
 
 
-class Batch(NamedTuple):
-    """One micro-batch; T time steps, B slots, N frames with labels."""
-
-    events: torch.Tensor  # uint8 (T, B, 20, H, W) as stored; zeros where a run has ended
-    rows: torch.Tensor  # int64 (B, H), for augment
-    cols: torch.Tensor  # int64 (B, W)
-    is_first: torch.Tensor  # bool (B,): a run starts, its state is reset before this chunk
-    frames: torch.Tensor  # bool (T, B): the N frames with labels, at least one
-    targets: torch.Tensor  # float32 (N, M, 5), in (t, b) order: class, cx, cy, w, h in augmented pixels; rows of zeros pad
-    has_boxes: bool  # False: the one frame of `frames` is a filler without boxes, the loss weighs 0
-
-
 class Runs:
     """Stretches of sequences, played in chunks of T frames, in an order that (seed, slot, pass) draws.
 
@@ -355,9 +326,9 @@ class Runs:
 
     def __init__(self, sequences, T, seed, random):
         self.key, self.orders, items = (seed, int(random)), {}, [np.zeros((0, 3), np.int64)]
+        gap, far = 0 if random else T, 2**40
         for index, frames in enumerate(sequence.label_frames for sequence in sequences):
-            gaps = np.flatnonzero(np.diff(frames) > (0 if random else T))
-            first, last = frames[np.append(0, gaps + 1)[:len(frames)]], frames[np.append(gaps, -1)[:len(frames)]]
+            first, last = frames[np.diff(frames, prepend=-far) > gap], frames[np.diff(frames, append=far) > gap]
             items.append(np.stack([np.full_like(first, index), first - T + 1, last + 1], 1)[(first >= T - 1) | (not random)])
         self.items = np.concatenate(items).clip(min=0)
         self.chunks = -((self.items[:, 1] - self.items[:, 2]) // T)
@@ -388,23 +359,24 @@ class TrainData(Dataset):
     def __init__(self, sequences, *, seed, sampling, sequence_length, batch_size, gradient_accumulation_steps=1, rank=0,
                  world_size=1, mixed_stream=1, mixed_random=1, flip=0.5, zoom_stream=0.5, zoom_random=0.8,
                  zoom_in_share=0.8, zoom_in_max=1.5, zoom_out_max=1.2):
-        if min(sequence_length, batch_size, gradient_accumulation_steps) < 1 or seed < 0:
-            raise ValueError("sequence_length, batch_size and gradient_accumulation_steps start at 1, seed at 0")
-        if not (0 <= min(flip, zoom_stream, zoom_random, zoom_in_share) <= max(flip, zoom_stream, zoom_random, zoom_in_share)
-                <= 1 <= min(zoom_in_max, zoom_out_max) <= max(zoom_in_max, zoom_out_max) <= 10):
-            raise ValueError("flip, zoom_stream, zoom_random, zoom_in_share are from 0 to 1, zoom_in_max, zoom_out_max from 1 to 10")
-        if sampling == "mixed" and (batch_size < 2 or min(mixed_stream, mixed_random) <= 0):
-            raise ValueError(f"sampling='mixed' needs batch_size >= 2 and two shares above 0, not {batch_size} and "
-                             f"{mixed_stream} : {mixed_random}; use sampling='stream' or 'random'")
-        share = mixed_stream / (mixed_stream + mixed_random) if sampling == "mixed" else 0.0
-        streams = {"stream": batch_size, "random": 0, "mixed": min(max(round(batch_size * share), 1), batch_size - 1)}
-        if sampling not in streams:
-            raise ValueError(f"sampling={sampling!r}: expected stream, random or mixed")
-        self.slots = streams[sampling], batch_size - streams[sampling]  # of a micro-batch: that stream, that play windows
+        shares, most = (flip, zoom_stream, zoom_random, zoom_in_share), (zoom_in_max, zoom_out_max)
+        for fine, rule in (
+                (sampling in ("stream", "random", "mixed"), f"sampling={sampling!r}: expected stream, random or mixed"),
+                (min(sequence_length, batch_size, gradient_accumulation_steps) > 0 <= seed,
+                 "sequence_length, batch_size and gradient_accumulation_steps start at 1, seed at 0"),
+                (sampling != "mixed" or batch_size > 1 and min(mixed_stream, mixed_random) > 0,
+                 "sampling='mixed' needs batch_size, mixed_stream, mixed_random >= 2, > 0, > 0; use 'stream' or 'random'"),
+                (0 <= min(shares) <= max(shares) <= 1 <= min(most) <= max(most) <= 10,
+                 "flip, zoom_stream, zoom_random, zoom_in_share are from 0 to 1, zoom_in_max, zoom_out_max from 1 to 10")):
+            if not fine:
+                raise ValueError(rule)
+        streams = batch_size if sampling == "stream" else 0
+        if sampling == "mixed":
+            streams = min(max(round(batch_size * mixed_stream / (mixed_stream + mixed_random)), 1), batch_size - 1)
+        self.slots = streams, batch_size - streams  # of a micro-batch: that stream, that play random windows
         self.sequences, self.T, self.accumulation = sequences, sequence_length, gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
-        self.augmentations = [(flip, zoom, share, zoom_in_max, zoom_out_max)
-                              for zoom, share in ((zoom_stream, 0.0), (zoom_random, zoom_in_share))]
+        self.augmentations = (flip, zoom_stream, 0.0, *most), (flip, zoom_random, zoom_in_share, *most)
         self.runs = [Runs(sequences, self.T, seed, random) for random in (False, True)]
         if any(slots and not runs.total for slots, runs in zip(self.slots, self.runs)):
             raise ValueError(f"{sequences[0].path.parent if sequences else 'no sequences'}: no labelled frame that "
@@ -469,7 +441,7 @@ def make_loader(data, start=0, num_workers=0, pin_memory=False):
 
     The workers start at once and end with the iterator. ValueError, one line: what `data` raised, or a worker that died.
     """
-    loader = iter(DataLoader(data, batch_size=None, sampler=range(start, sys.maxsize), num_workers=num_workers,
+    loader = iter(DataLoader(data, batch_size=None, sampler=range(start, 2**62), num_workers=num_workers,
                              pin_memory=pin_memory, worker_init_fn=ignore_interrupt))
 
     def batches():
@@ -497,57 +469,40 @@ def size_thresholds(sequences):
 
 def inspect(data_dir, split, resolution, class_names, decode, picture):
     """Print what a data set holds and draw its box sizes; ValueError at the end if training would fail on it."""
-    findings, notes, areas = [], [], {}
-    try:
-        names = load_classes(data_dir, class_names)
-    except ValueError as error:
-        names = ()
-        (findings if (Path(data_dir) / "dataset.json").is_file() else notes).append(str(error))
-    for part in [split] if split else ("train", "val", "test"):
-        try:
-            sequences = open_split(data_dir, part, len(names), resolution, findings)
-        except ValueError as error:
-            (notes if part == "test" and not split else findings).append(str(error))
-            continue
-        for sequence in tqdm(sequences, f"{part}: decoding", leave=False, disable=None) if decode else ():
-            try:
-                for frame in range(sequence.length):
-                    sequence.read(frame, frame + 1)
-            except ValueError as error:
-                findings.append(str(error))
-        notes += [note for sequence in sequences for note in sequence.notes]
+    root, findings, areas = Path(data_dir), [], {}
+    names = load_classes(root, class_names) if class_names or (root / "dataset.json").is_file() else ()
+    for part in [split] if split else ["train", "val"] + ["test"] * any((root / "test").glob("[!.]*")):
+        sequences = open_split(root, part, len(names), resolution, findings, decode)
         boxes = np.concatenate([np.zeros(0, BOX_DTYPE)] + [box for sequence in sequences for box in sequence.boxes])
-        area = areas[part] = boxes["w"] * boxes["h"]
-        frames, labelled = (sum(n) for n in zip((0, 0), *((s.length, len(s.label_frames)) for s in sequences)))
-        print(f"\n{data_dir}/{part}: {len(sequences)} sequences of {sequences[0].hw if sequences else 'no'} pixels, {frames} frames, "
-              f"{labelled} of them ({labelled / max(frames, 1):.1%}) with boxes\n"
-              f"{'class':24}{'boxes':>9}{'tiny <16x16':>13}{'small <32x32':>14}{'medium <96x96':>15}{'large':>9}")
-        for k in (*np.unique(boxes["class_id"]).tolist(), None):
-            chosen = area if k is None else area[boxes["class_id"] == k]
-            sizes = np.histogram(chosen, (0, 16**2, 32**2, 96**2, np.inf))[0]
-            label = "all" if k is None else f"{k} {names[k] if names else ''}"
-            print("{:24}{:9}{:13}{:14}{:15}{:9}".format(label, len(chosen), *sizes))
+        area, ids = boxes["w"] * boxes["h"], boxes["class_id"]
+        frames, labelled = (sum(n) for n in zip((1e-9, 0), *((s.length, len(s.label_frames)) for s in sequences)))
+        print(f"{root / part}: {len(sequences)} sequences of {[s.hw for s in sequences[:1]]} pixels, {frames:.0f} frames, "
+              f"{labelled} ({labelled / frames:.1%}) with boxes")
+        print(*(f"  note: {sequence.note}" for sequence in sequences if sequence.note), sep="\n")
+        print(f"  {'boxes of class':24}{'all':>9}{'tiny <16x16':>13}{'small <32x32':>14}{'medium <96x96':>15}{'large':>9}")
+        for name, chosen in [(f"{k} {names[k] if names else ''}", ids == k) for k in np.unique(ids)] + [("all", ids >= 0)]:
+            sizes = np.histogram(area[chosen], (0, 16**2, 32**2, 96**2, np.inf))[0]
+            print("  {:24}{:9}{:13}{:14}{:15}{:9}".format(name, chosen.sum(), *sizes))
         if len(boxes):
-            print("terciles of the box area: small_threshold = {:.0f}, medium_threshold = {:.0f}".format(*size_thresholds(sequences)))
+            areas[part] = area
+            print("  terciles of the areas: small_threshold = {:.0f}, medium_threshold = {:.0f}".format(*size_thresholds(sequences)))
         elif part == "train":
-            findings.append(f"{data_dir}/train: no boxes, nothing to train on")
-    if picture and any(map(len, areas.values())):
+            findings.append(f"{root / part}: no boxes, nothing to train on")
+    if picture and areas:
         draw_sizes(areas, picture)
-    print("", *(f"note: {note}" for note in notes), *(f"FINDING: {finding}" for finding in findings), sep="\n")
+    print(*(f"FINDING: {finding}" for finding in findings), sep="\n")
     if findings:
-        raise ValueError(f"{data_dir}: training would fail, {len(findings)} finding(s)")
+        raise ValueError(f"{root}: training would fail, findings: {len(findings)}")
 
 
 def draw_sizes(areas, path):
-    """Histogram of the box sides, sqrt(area) in pixels, of each split's areas (n,); the borders of the size classes dotted."""
+    """Histogram of sqrt(area) in pixels, for areas {split: (n,)}; ticks where the size classes meet."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots()
     axes.hist([area**0.5 for area in areas.values()], bins=60, histtype="step", label=list(areas))
-    for side in (16, 32, 96):
-        axes.axvline(side, color="grey", linestyle=":")
-    axes.set(xlabel="side of a square of the box's area, pixels", ylabel="boxes", yscale="log")
+    axes.set(xlabel="side of a square of the box's area, pixels", ylabel="boxes", yscale="log", xticks=(0, 16, 32, 96))
     axes.legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

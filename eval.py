@@ -8,13 +8,11 @@ checkpoint. Out: a table, and in out_dir/eval (out_dir: the checkpoint's folder)
     python eval.py --compare a/eval/report.json b/eval/report.json
 """
 
-import contextlib
 import copy
 import hashlib
-import io
 import json as jsonlib
-import os
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +37,6 @@ nms_iou = 0.45            # of two detections of a class that overlap more, the 
 small_classes = ()        # the group of classes whose mean gets a line; empty: those of SMALL that the data has
 picture_confidence = 0.3  # pictures show detections from this p_obj * p_cls
 json = ""                 # path of the report; empty: out_dir/eval/report.json
-out_dir = ""              # empty: the folder of the checkpoint
 dtype = "float32"         # float32, bfloat16 or float16
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
@@ -311,7 +308,7 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
     coco._paramsEval = copy.deepcopy(coco.params)
     found = [[match(*pair, coco.params.iouThrs) for pair in group] for group in groups]
     coco.evalImgs = [result[a] for group in found for a in range(5) for result in group]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with redirect_stdout(None):
         coco.accumulate()
     precision, recall = coco.eval["precision"], coco.eval["recall"]
     boxes = [sum(len(truth) for truth, _ in group) for group in groups]
@@ -496,7 +493,7 @@ def main(argv):
         return print(compare(argv[1:]))
     from train import defaults as training, resolve_device  # here, since train.py imports this file
     path = configure({**training, **defaults}, argv)["ckpt"]
-    trained = {**read_checkpoint(path).get("config", {}), "out_dir": os.path.dirname(path)}
+    trained = {**read_checkpoint(path).get("config", {}), "out_dir": str(Path(path).parent)}
     config = SimpleNamespace(**configure({**training, **trained, **defaults}, argv))
     keep_buffers()
     device, dtype = resolve_device(config)
@@ -517,9 +514,17 @@ def main(argv):
     result = report(labels, found, *sequences[0].hw, names, config.small_classes, model.config.strides, ckpt=path,
                     data_dir=config.data_dir, split=config.split, sequences=len(sequences), **options,
                     sequence_length=config.sequence_length, dtype=config.dtype, speed=speed(model, sequences[0], dtype))
-    for key, value in result["settings"].items():
-        print(f"{key}: {value}")
-    ...
+    print("\n".join(f"{key}: {value}" for key, value in result["settings"].items()))
+    print("; ".join(f"{'no' if size['filter_removes'] is None else '{:.0%} of'.format(size['filter_removes'])} "
+                    f"{size['boxes']} {key}" for key, size in result["sizes"].items()))
+    print(HEAD, *(line(*item) for item in result["rows"].items()), sep="\n")
+    path = Path(config.json or Path(config.out_dir, "eval", "report.json"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sections = (f'"{key}": {{\n' + ",\n".join(f"{jsonlib.dumps(name)}: {jsonlib.dumps(value)}"
+                for name, value in section.items()) + "\n}" for key, section in result.items())
+    path.write_text("{" + ",\n".join(sections) + "}\n")
+    pictures(path.parent, result, sequences, labels, found, names, config.picture_confidence)
+    print(f"written: {path}, {path.parent / 'report.png'}, {path.parent / 'frames.png'}")
 
 
 if __name__ == "__main__":

@@ -269,8 +269,12 @@ def train(config, checkpoint=None):
                              f"batch_size is {world * groups * B} now; start it as it was started")
         mine = [s[rank * groups * B:(rank + 1) * groups * B].to(device) for s in streams]
         states = [list(parts) for parts in zip(*[s.split(B) for s in mine])]
-    os.makedirs(config.out_dir, exist_ok=True)
     if rank == 0:
+        if not checkpoint and os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):
+            kept = f"{config.out_dir}-{time.strftime('%Y%m%d-%H%M%S')}"
+            os.rename(config.out_dir, kept)
+            print(f"the run that was in {config.out_dir} is in {kept} now")
+        os.makedirs(config.out_dir, exist_ok=True)
         with open(os.path.join(config.out_dir, "config.py"), "w") as file:
             file.write(f'"""python train.py {config.out_dir}/config.py"""\n\n' + dump(vars(config)))
     say(dump(vars(config)) + f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; attention in groups of "
