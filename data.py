@@ -95,8 +95,8 @@ def decode_chunk(chunk, out):
     HDF5's filter has zstd clear a context of 160 KB for each block of 32 KB: 4.6 ms a frame of 20x360x640, against 2.1
     here (Xeon with AVX-512, hdf5plugin 7.1, 2026-11). Format: README_CHUNK_FORMAT.rst of c-blosc 1.
     """
-    _, _, flags, typesize, size, block, length = struct.unpack_from("<4B3I", chunk)
-    if not (ZSTD and out.flags.c_contiguous) or (flags >> 5, flags & 2, typesize, size, length) != (4, 0, 1, out.nbytes, len(chunk)):
+    version, _, flags, typesize, size, block, length = struct.unpack_from("<4B3I", chunk)
+    if not (ZSTD and out.flags.c_contiguous) or (version, flags >> 5, flags & 14, typesize, size, length) != (2, 4, 0, 1, out.nbytes, len(chunk)):
         return False
     starts = struct.unpack_from(f"<{-(-size // block)}I", chunk, 16)
     packed = [struct.unpack_from("<I", chunk, start)[0] for start in starts]
@@ -450,7 +450,7 @@ def make_loader(data, start=0, num_workers=0, pin_memory=False):
         except ValueError as error:  # from a worker: torch hands it on behind a page of traceback
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
         except RuntimeError as error:
-            raise ValueError(f"a loader worker died ({str(error).splitlines()[0]}); if memory or /dev/shm is short, use fewer "
+            raise ValueError(f"loading failed ({str(error).splitlines()[0]}); if memory or /dev/shm is short, use fewer "
                              f"num_workers or a smaller batch_size") from error
 
     return batches()

@@ -57,8 +57,8 @@ def draw(events, detections, class_names, truth=()):
     canvas, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for kind, group in ((0, truth), (1, detections)):
         for box in group:
-            x1, y1 = box["x"] * scale, box["y"] * scale
-            x2, y2 = x1 + max(box["w"] * scale, 1), y1 + max(box["h"] * scale, 1)
+            x1, y1 = max(box["x"] * scale, 0), max(box["y"] * scale, 0)
+            x2, y2 = max((box["x"] + box["w"]) * scale, x1), max((box["y"] + box["h"]) * scale, y1)
             hue = colorsys.hsv_to_rgb(0.12 + box["class_id"] * 0.618 % 1, 0.55, 1)
             colour = tuple(int(255 * c) for c in hue) if kind else "white"
             canvas.rectangle((x1, y1, x2, y2), outline=colour, width=1 + kind)

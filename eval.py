@@ -11,6 +11,7 @@ checkpoint. Out: a table, and in out_dir/eval (out_dir: the checkpoint's folder)
 import copy
 import hashlib
 import json as jsonlib
+import re
 import time
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -42,6 +43,7 @@ defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, 
 
 SMALL = ("pedestrian", "two-wheeler", "bicycle", "motorbike", "wheelchair")
 SIZES = {"T": (0, np.nextafter(16 ** 2, 0)), "S": (0, 32 ** 2), "M": (32 ** 2, 96 ** 2), "L": (96 ** 2, 1e10)}  # px^2
+SIZE_NAMES = {"T": "tiny, < 16x16 px", "S": "small, < 32x32 px", "M": "medium, to 96x96 px", "L": "large, above"}
 METRICS = ("AP", "AP50", "AP75", "AP_T", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_T", "AR_S", "AR_M", "AR_L")
 FILTERS = {"none": "all boxes", "prophesee": "Prophesee filter"}
 COMPARABLE = ("split", "labels", "resolution", "classes", "confidence", "nms_iou", "score")  # settings of a comparison
@@ -248,6 +250,12 @@ def prophesee_filter(boxes, width):
     return boxes[keep]
 
 
+def overlaps(found, truth):
+    """IoU (n, m) of structured boxes found (n,) and truth (m,), by pycocotools."""
+    boxes = [np.stack([side[name] for name in "xywh"], 1).astype(float) for side in (found, truth)]
+    return np.reshape(coco_iou(*boxes, [0] * len(truth)), (len(found), len(truth)))
+
+
 def match(truth, found, thresholds):
     """Matches in one frame, one class (or all as one): what COCOeval.evaluateImg finds, 3 to 8 times faster.
 
@@ -258,8 +266,7 @@ def match(truth, found, thresholds):
     if not len(truth) and not len(found):
         return [None] * 5
     found = found[np.argsort(-found["class_confidence"], kind="stable")[:100]]
-    boxes = [np.stack([side[name] for name in "xywh"], 1).astype(float) for side in (found, truth)]
-    iou = np.reshape(coco_iou(*boxes, [0] * len(truth)), (len(found), len(truth)))
+    iou = overlaps(found, truth)
     areas = [(side["w"] * side["h"]).astype(float) for side in (found, truth)]  # products in float32, as RVT's
     far, ignored = (np.array([(a < low) | (a > high) for low, high in ((0, 1e10), *SIZES.values())]) for a in areas)
     free, hits = np.ones((5, 10, len(truth)), bool), np.zeros((5, 10, len(found)), bool)
@@ -355,20 +362,20 @@ def report(labels, detections, height, width, class_names, small_classes=(), str
     areas = [(b["w"] * b["h"]).astype(float) for b in (everything, prophesee_filter(everything, width))]
     for name, (low, high) in SIZES.items():
         before, after = (int(((a >= low) & (a <= high)).sum()) for a in areas)
-        sizes[name] = {"boxes": before, "filter_removes": round(1 - after / before, 4) if before else None}
+        sizes[SIZE_NAMES[name]] = {"boxes": before, "Prophesee filter removes": round(1 - after / before, 4) if before else None}
     fingerprint = hashlib.sha256(b"".join(everything[name].tobytes() for name in ("t", "x", "y", "w", "h", "class_id")))
     settings |= {"resolution": [height, width], "classes": list(class_names), "frames": len(labels),
                  "boxes": len(everything), "labels": fingerprint.hexdigest()[:12]}
     return {"settings": settings, "sizes": sizes, "rows": rows, "curves": curves}
 
 
+HEAD = " frames   boxes" + "".join(f"{m:>7}" for m in METRICS) + "   in %, by protocol"
+
+
 def line(name, row, sign=""):
-    """Line of a table: name, frames, boxes and METRICS in percent, with sign="+" as differences."""
+    """Line of a table: frames, boxes and METRICS in percent (sign "+": differences), name."""
     values = "".join("    n/a" if row[m] is None else f"{100 * row[m]:{sign}7.1f}" for m in METRICS)
-    return f"{name:<76}{row['frames']:8}{row['boxes']:8}{values}"
-
-
-HEAD = f"{'in %':<76}  frames   boxes" + "".join(f"{m:>7}" for m in METRICS)
+    return f"{row['frames']:7}{row['boxes']:8}{values}   {name}"
 
 
 def compare(paths):
@@ -380,20 +387,19 @@ def compare(paths):
     for path in paths:
         try:
             reports.append(jsonlib.loads(Path(path).read_text()))
-            settings, expected = ({key: report["settings"][key] for key in COMPARABLE} for report in (reports[-1], reports[0]))
+            settings, expected = ([report["settings"][key] for key in COMPARABLE] for report in (reports[-1], reports[0]))
             [line(*item) for item in reports[-1]["rows"].items()]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not a report of eval.py ({type(error).__name__}: {error})") from error
-        for key in COMPARABLE:
-            if settings[key] != expected[key]:
-                raise ValueError(f"{path}: {key} is {settings[key]}, but {expected[key]} in {paths[0]}: not comparable")
-    for protocol, base in reports[0]["rows"].items():
-        lines.append(protocol)
-        for path, row in ((path, report["rows"].get(protocol)) for path, report in zip(paths, reports)):
-            lines.append(line(f"  {path}", row) if row else f"  {path}: no such row")
-            if row and row is not base:
+        for key, here, there in zip(COMPARABLE, settings, expected):
+            if here != there:
+                raise ValueError(f"{path}: {key} is {here}, but {there} in {paths[0]}: these are not comparable")
+    for protocol, base in reports[0]["rows"].items() if reports else ():
+        lines.append(line(f"{protocol} | {paths[0]}", base))
+        for path, report in zip(paths[1:], reports[1:]):
+            if row := report["rows"].get(protocol):
                 change = {m: None if None in (row[m], base[m]) else row[m] - base[m] for m in METRICS}
-                lines.append(line("    difference", row | change, "+"))
+                lines += [line(f"{protocol} | {path}", row), line("  difference", row | change, "+")]
     return "\n".join(lines)
 
 
@@ -408,9 +414,7 @@ def confusion(labels, detections, K, confidence):
     counts = np.zeros((len(labels), K + 1, K + 1), int)
     for count, truth, found in zip(counts, labels, detections):
         found, missed = found[found["confidence"] >= confidence], truth["class_id"].astype(int)
-        boxes = [np.stack([side[name] for name in "xywh"], 1).astype(float) for side in (found, truth)]
-        overlaps = np.reshape(coco_iou(*boxes, [0] * len(truth)), (len(found), len(truth)))
-        for overlap, detected in zip(overlaps, found["class_id"]):
+        for overlap, detected in zip(overlaps(found, truth), found["class_id"]):
             best = overlap.argmax()
             hit = overlap[best] >= 0.5 and missed[best] < K
             count[missed[best] if hit else K, detected] += 1
@@ -427,30 +431,32 @@ def pictures(folder, report, sequences, labels, detections, class_names, confide
 
     from demo import draw  # here, since demo.py imports this file
     names, K, rows = [*class_names, "background"], len(class_names), report["rows"]
-    counts = confusion(labels, detections, K, confidence)
-    figure, (curves, matrix, bars) = plt.subplots(1, 3, figsize=(21, 7), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(21, 7), layout="constrained")
     for name, curve in report["curves"].items():
-        if rows[f"{name}, all boxes"]["boxes"]:
-            ap50 = 100 * rows[f"{name}, all boxes"]["AP50"]
-            curves.plot(np.linspace(0, 1, len(curve)), curve, label=f"{name} (AP50 {ap50:.1f})")
-    curves.set(title="IoU 0.5, all boxes", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    curves.legend()
+        ap50 = rows[f"{name}, all boxes"]["AP50"]
+        if ap50 is not None:
+            left.plot(np.linspace(0, 1, len(curve)), curve, label=f"{name} (AP50 {100 * ap50:.1f})")
+    left.set(title="IoU 0.5, all boxes", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    left.legend()
+
+    counts = confusion(labels, detections, K, confidence)
     total = counts.sum(0)
     share = total / total.sum(1, keepdims=True).clip(1)
-    matrix.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    middle.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(total):
-        matrix.text(j, i, n or "", ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
-    matrix.set(title=f"boxes with p_obj * p_cls >= {confidence}, IoU >= 0.5", xlabel="detected", ylabel="labelled",
-               yticks=range(K + 1), yticklabels=names)
-    matrix.set_xticks(range(K + 1), names, rotation=45, ha="right")
+        middle.text(j, i, n or "", ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
+    middle.set_xticks(range(K + 1), names, rotation=45, ha="right")
+    middle.set_yticks(range(K + 1), names)
+    middle.set(title=f"boxes, p_obj * p_cls >= {confidence}, IoU >= 0.5", xlabel="detected", ylabel="labelled")
+
+    ticks = [f"{name}\n{size['boxes']} boxes" for name, size in report["sizes"].items()]
     for k, kind in enumerate(FILTERS.values()):
-        values = [rows[f"class mean, {kind}"][m] for m in METRICS[:1] + METRICS[3:7]]
-        bar = bars.bar(np.arange(5) + 0.4 * k, [100 * (v or 0) for v in values], 0.4, label=f"class mean, {kind}")
-        bars.bar_label(bar, ["n/a" if v is None else f"{100 * v:.1f}" for v in values])
-    bars.set_xticks(np.arange(5) + 0.2, [f"all sizes\n{len(labels)} frames"] + [
-        f"{size}\n{report['sizes'][key]['boxes']} boxes" for key, size in zip(SIZES, ("< 16x16", "< 32x32", "32-96", "> 96x96"))])
-    bars.set(title="AP by size, px of the input", ylabel="AP in %")
-    bars.legend()
+        values = [rows[f"class mean, {kind}"][f"AP_{key}"] for key in SIZES]
+        bars = right.bar(np.arange(4) + 0.4 * k, [100 * (v or 0) for v in values], 0.4, label=f"class mean, {kind}")
+        right.bar_label(bars, ["n/a" if v is None else f"{100 * v:.1f}" for v in values])
+    right.set_xticks(np.arange(4) + 0.2, ticks)
+    right.set(title="AP by size", ylabel="AP in %")
+    right.legend()
     figure.savefig(folder / "report.png", dpi=80)
 
     frames = [(s, int(t)) for s in sequences for t in s.label_frames]
@@ -458,7 +464,7 @@ def pictures(folder, report, sequences, labels, detections, class_names, confide
     order = np.argsort(-f1, kind="stable")
     chosen = [*order[:4], *order[4:][-4:], *np.random.default_rng(0).permutation(order[4:-4])[:4]]
     figure, axes = plt.subplots(3, 4, figsize=(24, 14), layout="constrained")
-    for axis, k, kind in zip(axes.flat, chosen, ("best",) * 4 + ("worst",) * 4 + ("random",) * 4):
+    for axis, k, kind in zip(axes.flat, chosen, np.repeat(("best", "worst", "random"), 4)):
         (sequence, t), found = frames[k], detections[k]
         axis.imshow(draw(sequence.read(t, t + 1)[0], found[found["confidence"] >= confidence], class_names, labels[k]))
         axis.set_title(f"{kind}: {sequence.name}, frame {t}, F1 {f1[k]:.2f}")
@@ -492,39 +498,36 @@ def main(argv):
     if argv[:1] == ["--compare"]:
         return print(compare(argv[1:]))
     from train import defaults as training, resolve_device  # here, since train.py imports this file
-    path = configure({**training, **defaults}, argv)["ckpt"]
-    trained = {**read_checkpoint(path).get("config", {}), "out_dir": str(Path(path).parent)}
-    config = SimpleNamespace(**configure({**training, **trained, **defaults}, argv))
+    path = configure(training | defaults, argv)["ckpt"]
+    trained = read_checkpoint(path).get("config", {}) | {"out_dir": str(Path(path).parent)}
+    config = SimpleNamespace(**configure(training | trained | defaults, argv))
     keep_buffers()
     device, dtype = resolve_device(config)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     sequences = open_split(config.data_dir, config.split)
-    model = load_detector(path, sequences[0].hw, partition_split=config.partition_split, dim_head=config.dim_head)
+    hw = sequences[0].hw
+    model = load_detector(path, hw, partition_split=config.partition_split, dim_head=config.dim_head).to(device)
     K = model.config.num_classes
     names = load_classes(config.data_dir, config.class_names or tuple(map(str, range(K))))
     largest = max((boxes["class_id"].max() for s in sequences for boxes in s.boxes), default=0)
-    if len(names) != K or largest >= K:
-        raise ValueError(f"{path}: a detector of {K} classes, but {config.data_dir} has {max(len(names), largest + 1)}")
+    if max(len(names), largest + 1) != K:
+        raise ValueError(f"{path}: detects {K} classes, but {config.data_dir} has {max(len(names), largest + 1)}")
     options = dict(confidence=config.confidence, nms_iou=config.nms_iou, score=config.score)
-    labels, found = run(model.to(device), sequences, config.eval_batch_size, config.sequence_length, device, dtype,
+    labels, found = run(model, sequences, config.eval_batch_size, config.sequence_length, device, dtype,
                         config.num_workers, **options)
     if dist.is_initialized() and dist.get_rank():
         return
-    result = report(labels, found, *sequences[0].hw, names, config.small_classes, model.config.strides, ckpt=path,
-                    data_dir=config.data_dir, split=config.split, sequences=len(sequences), **options,
-                    sequence_length=config.sequence_length, dtype=config.dtype, speed=speed(model, sequences[0], dtype))
-    print("\n".join(f"{key}: {value}" for key, value in result["settings"].items()))
-    print("; ".join(f"{'no' if size['filter_removes'] is None else '{:.0%} of'.format(size['filter_removes'])} "
-                    f"{size['boxes']} {key}" for key, size in result["sizes"].items()))
-    print(HEAD, *(line(*item) for item in result["rows"].items()), sep="\n")
+    result = report(labels, found, *hw, names, config.small_classes, model.config.strides, ckpt=path, split=config.split,
+                    data_dir=config.data_dir, **options, sequence_length=config.sequence_length, dtype=config.dtype,
+                    speed=speed(model, sequences[0], dtype))
     path = Path(config.json or Path(config.out_dir, "eval", "report.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sections = (f'"{key}": {{\n' + ",\n".join(f"{jsonlib.dumps(name)}: {jsonlib.dumps(value)}"
-                for name, value in section.items()) + "\n}" for key, section in result.items())
-    path.write_text("{" + ",\n".join(sections) + "}\n")
+    text = re.sub(r"\n(?=   |  [}\]])\s*", " ", jsonlib.dumps(result, indent=1))  # one line for each row
+    path.write_text(text + "\n")
     pictures(path.parent, result, sequences, labels, found, names, config.picture_confidence)
-    print(f"written: {path}, {path.parent / 'report.png'}, {path.parent / 'frames.png'}")
+    print(text.partition(' "rows"')[0], HEAD, *(line(*item) for item in result["rows"].items()), sep="\n")
+    print(f"written: report.json, report.png and frames.png in {path.parent}")
 
 
 if __name__ == "__main__":

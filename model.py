@@ -392,7 +392,9 @@ class Detector(nn.Module):
             y, x = torch.meshgrid(*[torch.arange(size // stride) for size in config.padded_hw], indexing="ij")
             grids.append(torch.stack((x, y, torch.full_like(x, stride)), dim=-1).flatten(0, 1))
         self.register_buffer("grid", torch.cat(grids).float(), persistent=False)  # (A, 3) cell x, cell y, stride
-        self.to(memory_format=torch.channels_last)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
 
     def initial_state(self, B):
         """Zeros for B new streams: h and c (B, H_k, W_k, C_k) per stage, then the attention's past (B, 2, C, H, W)."""

@@ -262,7 +262,6 @@ def train(config, checkpoint=None):
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"])
         at, rows, streams = checkpoint["progress"], checkpoint["log"], checkpoint["states"]
         if len(streams[0]) != world * groups * B:
             raise ValueError(f"resume: the checkpoint holds {len(streams[0])} streams, but processes x accumulation x "
@@ -311,6 +310,8 @@ def train(config, checkpoint=None):
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     loader = data.make_loader(train_data, at["step"] * groups, config.num_workers, pin_memory=device.type == "cuda")
+    if checkpoint:
+        torch.set_rng_state(checkpoint["rng"])  # after the loader, which draws from it
     bar = tqdm(total=config.max_steps, initial=at["step"], disable=rank > 0, unit="step", dynamic_ncols=True, mininterval=1)
     started, waited, gave_up = time.perf_counter(), 0.0, ""
     model.train()
