@@ -1,8 +1,8 @@
-"""Prepared sequences (RVT's layout on disk) -> micro-batches for training, by a plan that is a function of (seed, step).
+"""Prepared sequences (RVT's layout on disk) -> micro-batches for training, planned as a function of (seed, step).
 
-In: DATA/{train,val,test}/SEQUENCE as prepare.py or RVT's preprocessing writes them. Out: Sequence objects and Batch tuples.
-Run as a script it inspects and validates a data set with the code that training reads it with, and exits with status 1
-where training would fail.
+In: DATA/{train,val,test}/SEQUENCE as prepare.py or RVT's preprocessing writes them. Out: Sequence, Batch.
+Run as a script it inspects and validates a data set with the code that training reads it with; exit status 1: training
+would fail on it.
 
     python data.py datasets/toy --split=train
 """
@@ -49,10 +49,10 @@ Batch = namedtuple("Batch", "events rows cols is_first frames targets has_boxes"
 
 # Augmentation of a run: flip left to right, then zoom. zoom > 1 shows the window whose top-left corner is (x, y), 1 / zoom
 # of the frame, as the whole frame; zoom < 1 shows the whole frame in such a window, `zoom` of the frame, among zeros.
-View = namedtuple("View", "flip zoom x y")
+View = namedtuple("View", "flip zoom x y", defaults=(False, 1.0, 0, 0))
 
 
-# ---------------------------------------------------------------------------------------------------- prepared sequences
+# ---------------------------------------------------------------------------------------- prepared sequences
 
 
 def damaged(path, what):
@@ -96,17 +96,19 @@ def decode_chunk(chunk, out):
     here (Xeon with AVX-512, hdf5plugin 7.1, 2026-11). Format: README_CHUNK_FORMAT.rst of c-blosc 1.
     """
     version, _, flags, typesize, size, block, length = struct.unpack_from("<4B3I", chunk)
-    if not (ZSTD and out.flags.c_contiguous) or (version, flags >> 5, flags & 14, typesize, size, length) != (2, 4, 0, 1, out.nbytes, len(chunk)):
+    plain = (version, flags >> 5, flags & 14, typesize) == (2, 4, 0, 1)  # Blosc 1, zstd, neither shuffled nor stored
+    if not (ZSTD and plain and out.flags.c_contiguous and (size, length) == (out.nbytes, len(chunk))):
         return False
     starts = struct.unpack_from(f"<{-(-size // block)}I", chunk, 16)
     packed = [struct.unpack_from("<I", chunk, start)[0] for start in starts]
-    rooms = [min(block, size - done) for done in range(0, size, block)]  # a block as long as its room is not compressed
-    source, target, context = np.frombuffer(chunk, np.uint8).ctypes.data + 4, out.ctypes.data, ZSTD.ZSTD_createDCtx()
-    done = all(count < room and start + 4 + count <= length and room == ZSTD.ZSTD_decompressDCtx(
-        context, target + i * block, room, source + start, count)
-        for i, (start, count, room) in enumerate(zip(starts, packed, rooms)))
+    source, target, context = np.frombuffer(chunk, np.uint8).ctypes.data, out.ctypes.data, ZSTD.ZSTD_createDCtx()
+    fine = True
+    for start, count, done in zip(starts, packed, range(0, size, block)):
+        room = min(block, size - done)  # a block as long as its room is stored, not compressed
+        fine = fine and count < room and start + 4 + count <= length and room == ZSTD.ZSTD_decompressDCtx(
+            context, target + done, room, source + start + 4, count)
     ZSTD.ZSTD_freeDCtx(context)
-    return done
+    return fine
 
 
 @functools.lru_cache(maxsize=64)  # bounded: Gen1 has more sequences than a process may hold files open
@@ -115,28 +117,34 @@ def open_events(path, version, pid):
     try:
         file = h5py.File(path, "r")
         data, creation = file["data"], file["data"].id.get_create_plist()
-        by_frame, filters = data.chunks == (1, *data.shape[1:]), range(creation.get_nfilters())
-        written = data.id.get_num_chunks() if by_frame else data.shape[0]
+        by_frame = data.chunks == (1, *data.shape[1:])
+        written = data.id.get_num_chunks() if by_frame else len(data)
+        if (data.dtype, data.shape[1:2], data.ndim, written) != (np.uint8, (CHANNELS,), 4, len(data)) or 0 in data.shape:
+            raise ValueError(f"data is {data.dtype} {data.shape}, {written} of {len(data)} frames there; expected uint8 "
+                             f"(N, {CHANNELS}, H, W), all there, N > 0")
+        filters = [creation.get_filter(i)[0] for i in range(creation.get_nfilters())]
+        return file, data, by_frame and filters == [hdf5plugin.BLOSC_ID]
     except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, AttributeError, ...
         raise damaged(path, error) from error
-    check(data.dtype == np.uint8 and data.ndim == 4 and data.shape[1] == CHANNELS and 0 not in data.shape, path,
-          f"data is {data.dtype} {data.shape}, expected uint8 (N, {CHANNELS}, H, W) with N > 0")
-    check(written == len(data), path, f"{written} of {len(data)} frames are there")
-    return file, data, by_frame and [creation.get_filter(i)[0] for i in filters] == [hdf5plugin.BLOSC_ID]
 
 
-def fit_boxes(boxes, hw, half):
-    """Boxes clipped to the frame, and halved if `half`, bit for bit as RVT does; and which of them are left.
+def move_boxes(boxes, hw, view):
+    """Boxes clipped to their frame and seen through the View, clipped as RVT clips, and a mask (n,): which keep an area.
 
-    boxes (n,) BOX_DTYPE in pixels of the sensor, hw (H, W) of the network's input -> (boxes in pixels of the input,
-    mask (n,) of those that keep an area). Right and bottom edges end at W - 1 and H - 1.
+    boxes (n,) BOX_DTYPE in frames of hw (H, W) pixels -> boxes (n,), mask. A frame's last pixel ends right and bottom
+    edges. View(zoom=0.5) halves, bit for bit as RVT does for half-resolution sets.
     """
     boxes = boxes.copy()
-    for start, extent, size in (("x", "w", hw[1]), ("y", "h", hw[0])):
-        last = 2 * size - 1 if half else size - 1
-        low, high = np.clip(boxes[start], 0, last), np.clip(boxes[start] + boxes[extent], 0, last)
-        if half:
-            low, high = low * 0.5, np.minimum((low + (high - low)) * 0.5, size - 1)
+    if view.flip:
+        boxes["x"] = hw[1] - 1 - boxes["x"] - boxes["w"]
+    for start, extent, size, corner in (("x", "w", hw[1], view.x), ("y", "h", hw[0], view.y)):
+        low, high = (np.clip(edge, 0, size - 1) for edge in (boxes[start], boxes[start] + boxes[extent]))
+        if view.zoom > 1:
+            last = min(corner + size / view.zoom, size - 1) - 1
+            low, high, corner = np.clip(low, corner, last) - corner, np.clip(high, corner, last) - corner, 0
+        if view.zoom != 1:
+            high = np.minimum((low + (high - low)) * view.zoom, size * min(view.zoom, 1) - 1) + corner
+            low = low * view.zoom + corner
         boxes[start], boxes[extent] = low, high - low
     return boxes, (boxes["w"] > 0) & (boxes["h"] > 0)
 
@@ -152,16 +160,15 @@ class Sequence:
 
     def __init__(self, path, resolution="auto", num_classes=0, decode=False):
         self.path, self.name, self.note = Path(path), Path(path).name, ""
-        folder, labels = self.path / REPRESENTATION, self.path / "labels_v2" / "labels.npz"
+        folder = self.path / REPRESENTATION
         there = [kind for kind in FILES if (folder / FILES[kind]).is_file()]
         kind = there[0] if there and resolution == "auto" else resolution
         if kind not in there:
-            raise ValueError(f"{self.path}: holds no events at resolution={resolution!r}, only {there} of {list(FILES)}; ask "
-                             f"for what is there or prepare the data first: python prepare.py --src=RAW --dst=DATA")
+            raise ValueError(f"{self.path}: no events at resolution={resolution!r}, what is there: {there}; ask for that, or "
+                             f"prepare the data first: python prepare.py --src=RAW --dst=DATA")
         self.file, self.half = str(folder / FILES[kind]), kind == "half"
         self.version = os.stat(self.file).st_mtime_ns
-        self.length, _, *hw = open_events(self.file, self.version, os.getpid())[1].shape
-        self.hw = tuple(hw)
+        (self.length, _), self.hw = np.split(open_events(self.file, self.version, os.getpid())[1].shape, 2)
         for frame in range(0 if decode else self.length - 1, self.length):
             self.read(frame, frame + 1)
         times, index = folder / "timestamps_us.npy", folder / "objframe_idx_2_repr_idx.npy"
@@ -169,34 +176,16 @@ class Sequence:
         check(len(self.timestamps_us) == self.length, times, f"not one time for each of {self.length} frames")
         check((np.diff(self.timestamps_us) > 0).all(), times, "times out of order")
         check(ascending(frames, self.length), index, f"indices do not ascend within {self.length} frames")
-        self._load_boxes(labels, read_array(labels, "labels"), read_array(labels, "objframe_idx_2_label_idx"), frames)
-        largest = max((int(boxes["class_id"].max()) for boxes in self.boxes), default=0)
-        check(largest < (num_classes or 2**16), labels, f"class id {largest}, but there are {num_classes} classes; name all")
+        self._load_boxes(self.path / "labels_v2" / "labels.npz", frames, num_classes or 2**16)
 
-    def _load_boxes(self, path, labels, first, frames):
-        """Set label_frames, boxes, note; first (F,): the first label of each labelled frame, frames (F,): the frame."""
+    def _load_boxes(self, path, frames, num_classes):
+        """Set label_frames, boxes and note; frames (F,): the frame of each entry of objframe_idx_2_label_idx."""
+        labels, first = read_array(path, "labels"), read_array(path, "objframe_idx_2_label_idx")
         boxes = np.ones(len(labels), BOX_DTYPE)
         try:
-            with np.errstate(all="ignore"):  # what overflows is found below
-                for name in BOX_DTYPE.names:
-                    if name in labels.dtype.names or name not in ("track_id", "class_confidence"):  # older sets lack these
-                        boxes[name] = labels[name]
-        except Exception as error:
-            raise damaged(path, f"labels do not hold the numbers {BOX_DTYPE.names} ({error})") from error
-        check(len(first) == len(frames) and ascending(first, len(labels)), path, "label indices do not fit the frames")
-        check((np.diff(boxes["t"]) >= 0).all(), path, "times out of order")
-        check(np.isfinite([boxes[name] for name in "xywh"]).all(), path, "boxes are not finite")
-        frame_of = np.repeat(frames, np.diff(np.append(first, len(labels))))
-        boxes = boxes[len(labels) - len(frame_of):]
-        fitted, left = fit_boxes(boxes, self.hw, self.half)
-        scale = 2 if self.half else 1
-        clipped = np.any([abs(fitted[name] * scale - boxes[name]) > scale for name in "xywh"], 0)
-        if clipped.any() or not left.all():
-            self.note = (f"{path}: {clipped.sum()} of {len(boxes)} boxes reach out of the frame and are clipped, "
-                         f"{(~left).sum()} are left without an area and dropped")
-        self.label_frames, starts = np.unique(frame_of[left], return_index=True)
-        self.boxes = np.split(fitted[left], starts[1:]) if left.any() else []
-
+            for name in BOX_DTYPE.names[:6] + tuple({"track_id", "class_confidence"}.intersection(labels.dtype.names)):
+                boxes[name] = labels[name]
+            ...
     def read(self, start, stop, out=None):
         """Event frames start to stop, uint8 (stop - start, 20, H, W), into `out` if given; ValueError: file and frame."""
         _, data, plain = open_events(self.file, self.version, os.getpid())
@@ -280,21 +269,6 @@ def index_map(size, corner, zoom, flip):
     part = shown[corner:corner + window] if zoom > 1 else shown
     part = interpolate(part[None, None].float(), size=size if zoom > 1 else window, mode="nearest-exact")[0, 0].long()
     return pad(part, (corner, size - corner - window), value=-1) if zoom < 1 else part
-
-
-def move_boxes(boxes, hw, view):
-    """Boxes (n,) of BOX_DTYPE as the View shows them, clipped as RVT clips; those without an area are dropped."""
-    boxes = boxes.copy()
-    if view.flip:
-        boxes["x"] = hw[1] - 1 - boxes["x"] - boxes["w"]
-    for start, extent, size, corner in (("x", "w", hw[1], view.x), ("y", "h", hw[0], view.y)):
-        low, high = boxes[start], boxes[start] + boxes[extent]
-        if view.zoom > 1:
-            last = min(corner + size / view.zoom, size - 1) - 1
-            low, high, corner = np.clip(low, corner, last) - corner, np.clip(high, corner, last) - corner, 0
-        low, high = low * view.zoom, np.minimum(high * view.zoom, size * min(view.zoom, 1) - 1)
-        boxes[start], boxes[extent] = low + corner, high - low
-    return boxes[(boxes["w"] > 0) & (boxes["h"] > 0)]
 
 
 def augment(events, rows, cols):
@@ -436,24 +410,24 @@ def ignore_interrupt(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def batches(loader):
+    """What the iterator `loader` yields; what it raises as ValueErrors of one line."""
+    try:
+        yield from loader
+    except (ValueError, RuntimeError) as error:
+        error.__traceback__ = loader = None  # workers that a traceback holds on to take 5 s to end
+        lines = str(error).strip().splitlines()  # what our code raised comes last, behind torch's page of traceback
+        raise ValueError(lines[-1].removeprefix("ValueError: ") if isinstance(error, ValueError) else
+                         f"loading failed ({lines[0]}); if memory or /dev/shm is short, use fewer num_workers") from None
+
+
 def make_loader(data, start=0, num_workers=0, pin_memory=False):
     """Endless iterator over data[start], data[start + 1], ..., in order whatever the number of workers.
 
     The workers start at once and end with the iterator. ValueError, one line: what `data` raised, or a worker that died.
     """
-    loader = iter(DataLoader(data, batch_size=None, sampler=range(start, 2**62), num_workers=num_workers,
-                             pin_memory=pin_memory, worker_init_fn=ignore_interrupt))
-
-    def batches():
-        try:
-            yield from loader
-        except ValueError as error:  # from a worker: torch hands it on behind a page of traceback
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-        except RuntimeError as error:
-            raise ValueError(f"loading failed ({str(error).splitlines()[0]}); if memory or /dev/shm is short, use fewer "
-                             f"num_workers or a smaller batch_size") from error
-
-    return batches()
+    return batches(iter(DataLoader(data, batch_size=None, sampler=range(start, 2**62), num_workers=num_workers,
+                                   pin_memory=pin_memory, worker_init_fn=ignore_interrupt)))
 
 
 # -------------------------------------------------------------------------------------------------------------- inspection

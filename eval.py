@@ -383,6 +383,8 @@ def compare(paths):
 
     ValueError: a file that is no report; a report of another split, data, threshold or ranking than the first.
     """
+    if len(paths) < 2:
+        raise ValueError("nothing to compare: python eval.py --compare A.json B.json ...")
     reports, lines = [], [HEAD]
     for path in paths:
         try:
@@ -394,7 +396,7 @@ def compare(paths):
         for key, here, there in zip(COMPARABLE, settings, expected):
             if here != there:
                 raise ValueError(f"{path}: {key} is {here}, but {there} in {paths[0]}: these are not comparable")
-    for protocol, base in reports[0]["rows"].items() if reports else ():
+    for protocol, base in reports[0]["rows"].items():
         lines.append(line(f"{protocol} | {paths[0]}", base))
         for path, report in zip(paths[1:], reports[1:]):
             if row := report["rows"].get(protocol):
