@@ -17,10 +17,8 @@ def literal(text, default):
     """Value of a command-line text, read as the type of `default`: a tuple also as comma-separated words."""
     if isinstance(default, str):
         return text
-    if isinstance(default, bool):
-        text = {"true": "True", "false": "False"}.get(text.lower(), text)
     try:
-        value = ast.literal_eval(text) if text else ()
+        value = ast.literal_eval(text.title() if text.lower() in ("true", "false") else text or "()")
     except (ValueError, SyntaxError):
         value = text
     if isinstance(default, tuple) and not isinstance(value, (tuple, list)):
@@ -69,14 +67,13 @@ def configure(defaults, argv):
                     config[key] = checked(key, value, defaults, word)
             continue
         key, given, text = word[2:].partition("=")
-        if not given:
-            if key in defaults and (not argv or argv[0].startswith("--")) and isinstance(defaults[key], bool):
-                text = "True"
-            elif key in defaults and not argv:
+        if key in defaults and not given and (not argv or argv[0].startswith("--")):
+            if not isinstance(defaults[key], bool):
                 raise ValueError(f"command line: --{key} has no value; write --{key}=VALUE")
-            elif key in defaults:
-                text = argv.pop(0)
-        config[key] = checked(key, literal(text, defaults[key]) if key in defaults else text, defaults, "command line")
+            text = "True"
+        elif key in defaults and not given:
+            text = argv.pop(0)
+        config[key] = checked(key, literal(text, defaults.get(key, "")), defaults, "command line")
     return config
 
 

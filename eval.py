@@ -42,8 +42,8 @@ dtype = "float32"         # float32, bfloat16 or float16
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
 SMALL = ("pedestrian", "two-wheeler", "bicycle", "motorbike", "wheelchair")
-SIZES = {"T": (0, np.nextafter(16 ** 2, 0)), "S": (0, 32 ** 2), "M": (32 ** 2, 96 ** 2), "L": (96 ** 2, 1e10)}  # px^2
-SIZE_NAMES = {"T": "tiny, < 16x16 px", "S": "small, < 32x32 px", "M": "medium, to 96x96 px", "L": "large, above"}
+SIZES = {"tiny, < 16x16 px": (0, np.nextafter(16 ** 2, 0)), "small, < 32x32 px": (0, 32 ** 2),  # areas in px^2
+         "medium, to 96x96 px": (32 ** 2, 96 ** 2), "large, above": (96 ** 2, 1e10)}
 METRICS = ("AP", "AP50", "AP75", "AP_T", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_T", "AR_S", "AR_M", "AR_L")
 FILTERS = {"none": "all boxes", "prophesee": "Prophesee filter"}
 COMPARABLE = ("split", "labels", "resolution", "classes", "confidence", "nms_iou", "score")  # settings of a comparison
@@ -117,7 +117,7 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
 # ---- streams
 
 class Chunks:
-    """Step k of a plan -> events uint8 (T, B, 20, H, W), zeros behind a sequence's end. steps: lists of (sequence, frame)."""
+    """Item k: events uint8 (T, B, 20, H, W) of steps[k], a list of (sequence, first frame); zeros behind the stops."""
 
     def __init__(self, sequences, stops, steps, T):
         self.sequences, self.stops, self.steps, self.T = sequences, stops, steps, T
@@ -153,12 +153,10 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
         events = next(loader).to(device, non_blocking=True)
         due = sorted((int(sequences[i].label_frames[j]) - t, b, i, j) for b, (i, t) in enumerate(step)
                      for j in range(*np.searchsorted(sequences[i].label_frames, (t, t + T))))
-        frames = torch.zeros(T, len(step), dtype=torch.bool)
-        for t, b, _, _ in due:
-            frames[t, b] = True
+        index = torch.tensor([t * len(step) + b for t, b, _, _ in due], dtype=torch.int64, device=device)
         first = torch.tensor([t == starts[i] for i, t in step], device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            prediction, state = model(events, reset_state([s[:len(step)] for s in state], first), frames)
+            prediction, state = model(events, reset_state([s[:len(step)] for s in state], first), index)
         t_us = [sequences[i].boxes[j]["t"][0] for _, _, i, j in due]
         found.update(zip([place[2:] for place in due], detections(prediction, t_us, **options)))
     model.train(training)
@@ -191,13 +189,13 @@ class StreamDetector:
         self.events = torch.zeros(1, 1, 20, *model.config.input_hw, dtype=torch.uint8, device=grid.device)
         self.state = self.model.initial_state(1)
         if grid.is_cuda:
-            torch.cuda.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream()):  # libraries set themselves up before the capture
+            device, graph = torch.cuda.device(grid.device), torch.cuda.CUDAGraph()
+            torch.cuda.synchronize(grid.device)
+            with device, torch.cuda.stream(torch.cuda.Stream(grid.device)):  # libraries set up before the capture
                 for _ in range(3):
                     self.step()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            torch.cuda.synchronize(grid.device)
+            with device, torch.cuda.graph(graph):
                 self.step()
             self.graph = graph
             self.reset()
@@ -210,15 +208,16 @@ class StreamDetector:
     @torch.inference_mode()
     def __call__(self, frame, t_us=None):
         """Boxes of BOX_DTYPE in the next frame, at t_us (None: 50 ms after the one before)."""
-        frame = torch.as_tensor(frame)
-        if frame.shape != self.events.shape[2:] or frame.dtype != torch.uint8:
-            raise ValueError(f"frame is {frame.dtype} {tuple(frame.shape)}; expected uint8 {tuple(self.events.shape[2:])}")
+        frame, expected = torch.as_tensor(frame), self.events.shape[2:]
+        if frame.shape != expected or frame.dtype != torch.uint8:
+            raise ValueError(f"frame is {frame.dtype} {tuple(frame.shape)}; expected uint8 {tuple(expected)}")
         self.events.copy_(frame)
         self.frames += 1
         self.graph.replay() if self.graph else self.step()
         found = detections(self.prediction, [50_000 * self.frames if t_us is None else t_us], **self.options)[0]
         return found[list(BOX_DTYPE.names)].astype(BOX_DTYPE)
 
+    @torch.inference_mode()
     def reset(self):
         """Forget what was seen."""
         self.frames = 0
@@ -233,7 +232,8 @@ def speed(model, sequence, dtype=torch.float32, frames=100):
         detector(frame)
         ms.append(1000 * (time.perf_counter() - start))
     median, p95 = np.percentile(ms[len(ms) // 10:], (50, 95)).round(3).tolist()  # the first ones warm up
-    name = torch.cuda.get_device_name() if model.grid.is_cuda else f"CPU, {torch.get_num_threads()} threads"
+    place = model.grid.device
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"device": name, "batch": 1, "ms_median": median, "ms_p95": p95, "frames_per_s": round(1000 / median, 1)}
 
 
@@ -290,7 +290,8 @@ def summary(precision, recall):
     return {metric: float(v[v > -1].mean()) if (v > -1).any() else -1.0 for metric, v in zip(METRICS, values)}
 
 
-def score_boxes(labels, detections, height, width, class_names, box_filter="none", class_agnostic=False, class_ids=None):
+def score_boxes(labels, detections, height, width, class_names, box_filter="none", class_agnostic=False,
+                class_ids=None):
     """COCO scores of detections, by pycocotools; METRICS in 0..1, -1 where undefined.
 
     labels, detections: lists of structured arrays (t, x, y, w, h, class_id, class_confidence), one of each per frame;
@@ -334,10 +335,8 @@ def report(labels, detections, height, width, class_names, small_classes=(), str
     labels, detections: as `run` returns them; strides: the model's, for a row on the detections of each alone.
     -> "settings" (what was passed, numbers of frames and boxes, a fingerprint of the labels), "sizes" (boxes of each
     size, and the share that the Prophesee filter removes), "rows" ({protocol: frames, boxes, METRICS}), "curves" (per
-    class precision at recall 0, 0.04, ... 1 for IoU 0.5, all boxes). ValueError: small_classes names an unknown class.
+    class precision at recall 0, 0.04, ... 1 for IoU 0.5, all boxes).
     """
-    if unknown := set(small_classes) - set(class_names):
-        raise ValueError(f"small_classes: no class {', '.join(sorted(unknown))}; there are {', '.join(class_names)}")
     scene, rows, curves = (height, width, class_names), {}, {}
     group = [name for name in class_names if name in (small_classes or SMALL)]
     for key, kind in FILTERS.items():
@@ -362,7 +361,7 @@ def report(labels, detections, height, width, class_names, small_classes=(), str
     areas = [(b["w"] * b["h"]).astype(float) for b in (everything, prophesee_filter(everything, width))]
     for name, (low, high) in SIZES.items():
         before, after = (int(((a >= low) & (a <= high)).sum()) for a in areas)
-        sizes[SIZE_NAMES[name]] = {"boxes": before, "Prophesee filter removes": round(1 - after / before, 4) if before else None}
+        sizes[name] = {"boxes": before, "Prophesee filter removes": round(1 - after / before, 4) if before else None}
     fingerprint = hashlib.sha256(b"".join(everything[name].tobytes() for name in ("t", "x", "y", "w", "h", "class_id")))
     settings |= {"resolution": [height, width], "classes": list(class_names), "frames": len(labels),
                  "boxes": len(everything), "labels": fingerprint.hexdigest()[:12]}
@@ -383,26 +382,23 @@ def compare(paths):
 
     ValueError: a file that is no report; a report of another split, data, threshold or ranking than the first.
     """
-    if len(paths) < 2:
-        raise ValueError("nothing to compare: python eval.py --compare A.json B.json ...")
-    reports, lines = [], [HEAD]
+    blocks, first = {}, None
     for path in paths:
         try:
-            reports.append(jsonlib.loads(Path(path).read_text()))
-            settings, expected = ([report["settings"][key] for key in COMPARABLE] for report in (reports[-1], reports[0]))
-            [line(*item) for item in reports[-1]["rows"].items()]
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            report = jsonlib.loads(Path(path).read_text())
+            first = first or report
+            for here, there, key in ((report["settings"][key], first["settings"][key], key) for key in COMPARABLE):
+                if here != there:
+                    raise ValueError(f"{path}: {key} is {here}, but {there} in {paths[0]}: these are not comparable")
+            for protocol, base in first["rows"].items():
+                if row := report["rows"].get(protocol):
+                    blocks.setdefault(protocol, []).append(line(f"{protocol} | {path}", row))
+                    if report is not first:
+                        change = {m: None if None in (row[m], base[m]) else row[m] - base[m] for m in METRICS}
+                        blocks[protocol].append(line("  difference", row | change, "+"))
+        except (KeyError, TypeError, AttributeError, jsonlib.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a report of eval.py ({type(error).__name__}: {error})") from error
-        for key, here, there in zip(COMPARABLE, settings, expected):
-            if here != there:
-                raise ValueError(f"{path}: {key} is {here}, but {there} in {paths[0]}: these are not comparable")
-    for protocol, base in reports[0]["rows"].items():
-        lines.append(line(f"{protocol} | {paths[0]}", base))
-        for path, report in zip(paths[1:], reports[1:]):
-            if row := report["rows"].get(protocol):
-                change = {m: None if None in (row[m], base[m]) else row[m] - base[m] for m in METRICS}
-                lines += [line(f"{protocol} | {path}", row), line("  difference", row | change, "+")]
-    return "\n".join(lines)
+    return "\n".join([HEAD, *sum(blocks.values(), [])])
 
 
 # ---- pictures
@@ -426,18 +422,17 @@ def confusion(labels, detections, K, confidence):
 
 
 def pictures(folder, report, sequences, labels, detections, class_names, confidence):
-    """report.png (precision-recall, confusion, AP by size) and frames.png (best, worst, random frames) into `folder`."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    """Write report.png (precision-recall, confusion, AP by size) and frames.png (best, worst, random) to `folder`."""
+    from matplotlib.figure import Figure
 
     from demo import draw  # here, since demo.py imports this file
     names, K, rows = [*class_names, "background"], len(class_names), report["rows"]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(21, 7), layout="constrained")
+    figure = Figure(figsize=(21, 7), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     for name, curve in report["curves"].items():
-        ap50 = rows[f"{name}, all boxes"]["AP50"]
-        if ap50 is not None:
-            left.plot(np.linspace(0, 1, len(curve)), curve, label=f"{name} (AP50 {100 * ap50:.1f})")
+        if rows[f"{name}, all boxes"]["boxes"]:
+            ap50 = 100 * rows[f"{name}, all boxes"]["AP50"]
+            left.plot(np.linspace(0, 1, len(curve)), curve, label=f"{name} (AP50 {ap50:.1f})")
     left.set(title="IoU 0.5, all boxes", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     left.legend()
 
@@ -447,16 +442,16 @@ def pictures(folder, report, sequences, labels, detections, class_names, confide
     middle.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(total):
         middle.text(j, i, n or "", ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
-    middle.set_xticks(range(K + 1), names, rotation=45, ha="right")
-    middle.set_yticks(range(K + 1), names)
-    middle.set(title=f"boxes, p_obj * p_cls >= {confidence}, IoU >= 0.5", xlabel="detected", ylabel="labelled")
+    middle.set(title=f"boxes, p_obj * p_cls >= {confidence}, IoU >= 0.5", xlabel="detected", ylabel="labelled",
+               xticks=range(K + 1), yticks=range(K + 1), yticklabels=names)
+    middle.set_xticklabels(names, rotation=45, ha="right")
 
-    ticks = [f"{name}\n{size['boxes']} boxes" for name, size in report["sizes"].items()]
     for k, kind in enumerate(FILTERS.values()):
-        values = [rows[f"class mean, {kind}"][f"AP_{key}"] for key in SIZES]
+        values = [rows[f"class mean, {kind}"][m] for m in ("AP_T", "AP_S", "AP_M", "AP_L")]
         bars = right.bar(np.arange(4) + 0.4 * k, [100 * (v or 0) for v in values], 0.4, label=f"class mean, {kind}")
         right.bar_label(bars, ["n/a" if v is None else f"{100 * v:.1f}" for v in values])
-    right.set_xticks(np.arange(4) + 0.2, ticks)
+    right.set_xticks(np.arange(4) + 0.2, [
+        f"{name.replace(', ', chr(10))}\n{size['boxes']} boxes" for name, size in report["sizes"].items()])
     right.set(title="AP by size", ylabel="AP in %")
     right.legend()
     figure.savefig(folder / "report.png", dpi=80)
@@ -465,16 +460,13 @@ def pictures(folder, report, sequences, labels, detections, class_names, confide
     f1 = 2 * np.trace(counts[:, :K, :K], axis1=1, axis2=2) / (counts[:, :K].sum((1, 2)) + counts[:, :, :K].sum((1, 2)))
     order = np.argsort(-f1, kind="stable")
     chosen = [*order[:4], *order[4:][-4:], *np.random.default_rng(0).permutation(order[4:-4])[:4]]
-    figure, axes = plt.subplots(3, 4, figsize=(24, 14), layout="constrained")
+    figure = Figure(figsize=(24, 14), layout="constrained")
+    axes = figure.subplots(3, 4, subplot_kw={"xticks": (), "yticks": ()})
     for axis, k, kind in zip(axes.flat, chosen, np.repeat(("best", "worst", "random"), 4)):
         (sequence, t), found = frames[k], detections[k]
         axis.imshow(draw(sequence.read(t, t + 1)[0], found[found["confidence"] >= confidence], class_names, labels[k]))
-        axis.set_title(f"{kind}: {sequence.name}, frame {t}, F1 {f1[k]:.2f}")
-    for axis in axes.flat:
-        axis.axis("off")
-    figure.suptitle(f"white: labels; colours: detections with p_obj * p_cls >= {confidence}")
+        axis.set_title(f"{kind}: {sequence.name}, frame {t}, F1 {f1[k]:.2f} at p_obj * p_cls >= {confidence}")
     figure.savefig(folder / "frames.png", dpi=60)
-    plt.close("all")
 
 
 # ---- command line
@@ -499,12 +491,13 @@ def load_detector(path, input_hw=None, **rvt):
 def main(argv):
     if argv[:1] == ["--compare"]:
         return print(compare(argv[1:]))
-    from train import defaults as training, resolve_device  # here, since train.py imports this file
-    path = configure(training | defaults, argv)["ckpt"]
-    trained = read_checkpoint(path).get("config", {}) | {"out_dir": str(Path(path).parent)}
-    config = SimpleNamespace(**configure(training | trained | defaults, argv))
+    import train  # here, since it imports this file
+    path = configure(train.defaults | defaults, argv)["ckpt"]
+    trained = dict(read_checkpoint(path).get("config", {}), out_dir=str(Path(path).parent))
+    config = SimpleNamespace(**configure(train.defaults | trained | defaults, argv))
+    train.check(config)
     keep_buffers()
-    device, dtype = resolve_device(config)
+    device, dtype = train.resolve_device(config)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     sequences = open_split(config.data_dir, config.split)
@@ -515,14 +508,16 @@ def main(argv):
     largest = max((boxes["class_id"].max() for s in sequences for boxes in s.boxes), default=0)
     if max(len(names), largest + 1) != K:
         raise ValueError(f"{path}: detects {K} classes, but {config.data_dir} has {max(len(names), largest + 1)}")
-    options = dict(confidence=config.confidence, nms_iou=config.nms_iou, score=config.score)
-    labels, found = run(model, sequences, config.eval_batch_size, config.sequence_length, device, dtype,
-                        config.num_workers, **options)
+    if unknown := set(config.small_classes) - set(names):
+        raise ValueError(f"small_classes: no {', '.join(sorted(unknown))} in {config.data_dir}: {', '.join(names)}")
+    options = {key: getattr(config, key) for key in ("confidence", "nms_iou", "score")}
+    T, workers = config.sequence_length, config.num_workers
+    labels, found = run(model, sequences, config.eval_batch_size, T, device, dtype, workers, **options)
     if dist.is_initialized() and dist.get_rank():
         return
-    result = report(labels, found, *hw, names, config.small_classes, model.config.strides, ckpt=path, split=config.split,
-                    data_dir=config.data_dir, **options, sequence_length=config.sequence_length, dtype=config.dtype,
-                    speed=speed(model, sequences[0], dtype))
+    result = report(labels, found, *hw, names, config.small_classes, model.config.strides, ckpt=path,
+                    data_dir=config.data_dir, split=config.split, sequences=len(sequences), **options,
+                    sequence_length=T, dtype=config.dtype, speed=speed(model, sequences[0], dtype))
     path = Path(config.json or Path(config.out_dir, "eval", "report.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\n(?=   |  [}\]])\s*", " ", jsonlib.dumps(result, indent=1))  # one line for each row

@@ -10,9 +10,7 @@ convolution and attention on all T * B frames at once and then scans its LSTM ov
 import ctypes
 import dataclasses
 import math
-import pickle
 import re
-import zipfile
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext
 
@@ -47,13 +45,12 @@ class ModelConfig:
         self.input_hw, self.fpn_stages = tuple(self.input_hw), tuple(self.fpn_stages)
         if self.fpn_stages not in [tuple(range(low, high + 1)) for low in (1, 2, 3) for high in range(low + 1, 5)]:
             raise ValueError(f"fpn_stages={self.fpn_stages}: expected 2 to 4 neighbours, finest first, like (1, 2, 3, 4)")
-        if self.patch_size not in (2, 3, 4):
-            raise ValueError(f"patch_size={self.patch_size}: expected 2, 3 or 4")
+        if self.patch_size not in (2, 3, 4) or self.partition_split < 0:
+            raise ValueError(f"patch_size={self.patch_size}, partition_split={self.partition_split}: expected a patch_size of "
+                             f"2, 3 or 4, and a partition_split of 1, 2, ..., or 0 for the default rule")
         if self.embed_dim < 8 or self.embed_dim % 8 or self.dim_head < 1 or self.embed_dim % self.dim_head:
             raise ValueError(f"embed_dim={self.embed_dim}, dim_head={self.dim_head}: expected embed_dim to be a multiple of "
                              f"8 and of dim_head, like 64 and 32, or 48 and 24")
-        if self.partition_split < 0:
-            raise ValueError(f"partition_split={self.partition_split}: expected 1, 2, ..., or 0 for the default rule")
 
     @property
     def strides(self):
@@ -479,37 +476,28 @@ def read_checkpoint(path):
     ValueError in one line: no such file, truncated, no checkpoint, or holding objects that only unpickling could make.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
-    except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path}: not a checkpoint, or truncated") from error
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"{path}: holds more than weights ({found[1] if found else 'a pickled object'}) and is not loaded, since "
-            f"that could run code. If you trust its source, convert it once: python -c \"import torch; c = torch.load("
-            f"'{path}', weights_only=False); torch.save({{'state_dict': c['state_dict']}}, 'converted.ckpt')\"") from error
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint, or truncated ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or not ({"model", "model_config"} <= set(checkpoint) or
-                                                isinstance(checkpoint.get("state_dict"), dict)):
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for damaged files
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        what = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint, or truncated" if not culprit else (
+            f"holds more than weights ({culprit[1]}) and is not loaded, since that could run code. If you trust its source, "
+            f"convert it once: python -c \"import torch; c = torch.load('{path}', weights_only=False); "
+            f"torch.save({{'state_dict': c['state_dict']}}, 'converted.ckpt')\"")
+        raise ValueError(f"{path}: {what}") from error
+    if not isinstance(found, dict) or not {"model", "model_config"} <= found.keys() and "state_dict" not in found:
         raise ValueError(f"{path}: a file of torch, but no checkpoint of nanoRVT or RVT (no 'model' or 'state_dict')")
-    return checkpoint
+    return found
 
 
 RVT_NAMES = [  # (RVT's name, ours) as regular expressions, applied in turn
-    (r"^backbone\.", ""), (r"\.downsample_cf2cl\.", "."), (r"\.att_blocks\.0\.att_window\.", ".attention.0."),
-    (r"\.att_blocks\.0\.att_grid\.", ".attention.1."), (r"\.self_attn\.", "."), (r"\.ls(\d)\.gamma", r".scale\1"),
-    (r"\.mlp\.net\.0\.0\.", ".fc1."), (r"\.mlp\.net\.2\.", ".fc2."), (r"\.lstm\.conv1x1\.", ".lstm.gates."),
-    (r"^fpn\.lateral_conv0\.", "fpn.lateral.1."), (r"^fpn\.reduce_conv1\.", "fpn.lateral.0."),
-    (r"^fpn\.C3_p4\.", "fpn.top_down.1."), (r"^fpn\.C3_p3\.", "fpn.top_down.0."),
-    (r"^fpn\.bu_conv2\.", "fpn.down.0."), (r"^fpn\.bu_conv1\.", "fpn.down.1."),
-    (r"^fpn\.C3_n3\.", "fpn.bottom_up.0."), (r"^fpn\.C3_n4\.", "fpn.bottom_up.1."),
-    (r"(\.m\.\d+)\.conv1\.", r"\1.0."), (r"(\.m\.\d+)\.conv2\.", r"\1.1."),
-    (r"^yolox_head\.(stem|cls_pred|reg_pred|obj_pred)s\.(\d)\.", r"heads.\2.\1."),
-    (r"^yolox_head\.(cls|reg)_convs\.(\d)\.", r"heads.\2.\1_convs."),
-]
+    (r"backbone\.", ""), (r"downsample_cf2cl\.", ""), (r"att_blocks\.0\.att_window", "attention.0"),
+    (r"att_blocks\.0\.att_grid", "attention.1"), (r"self_attn\.", ""), (r"ls(\d)\.gamma", r"scale\1"),
+    (r"mlp\.net\.0\.0", "fc1"), (r"mlp\.net\.2", "fc2"), (r"lstm\.conv1x1", "lstm.gates"),
+    (r"lateral_conv0", "lateral.1"), (r"reduce_conv1", "lateral.0"), (r"C3_p4", "top_down.1"), (r"C3_p3", "top_down.0"),
+    (r"bu_conv2", "down.0"), (r"bu_conv1", "down.1"), (r"C3_n3", "bottom_up.0"), (r"C3_n4", "bottom_up.1"),
+    (r"(m\.\d+)\.conv1", r"\1.0"), (r"(m\.\d+)\.conv2", r"\1.1"),
+    (r"yolox_head\.(stem|cls_pred|reg_pred|obj_pred)s\.(\d)", r"heads.\2.\1"),
+    (r"yolox_head\.(cls|reg)_convs\.(\d)", r"heads.\2.\1_convs")]
 
 
 def load_weights(model, weights, where):
@@ -536,16 +524,13 @@ def load_rvt(path, **overrides):
     try:
         stem = weights["backbone.stages.0.downsample_cf2cl.conv.weight"]
         bottlenecks = len({key.split(".")[3] for key in weights if key.startswith("fpn.C3_p4.m.")})
-        found = dict(embed_dim=stem.shape[0], patch_size=(stem.shape[2] + 1) // 2, fpn_depth=round(bottlenecks / 3, 2),
-                     num_classes=weights["yolox_head.cls_preds.0.weight"].shape[0])
+        told = dict(embed_dim=stem.shape[0], patch_size=(stem.shape[2] + 1) // 2, fpn_depth=round(bottlenecks / 3, 2),
+                    num_classes=weights["yolox_head.cls_preds.0.weight"].shape[0])
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path}: no checkpoint of RVT: weight {error} is missing") from error
-    model = Detector(ModelConfig(**{**found, **overrides}))
     renamed = {}
     for key, value in weights.items():
         for pattern, name in RVT_NAMES:
             key = re.sub(pattern, name, key)
-        if key.endswith("lstm.gates.weight"):
-            value = value.flatten(1)  # a 1x1 convolution is a linear layer
-        renamed[key] = value.float() if value.is_floating_point() else value
-    return load_weights(model, renamed, path)
+        renamed[key] = value.flatten(1) if "lstm" in key and value.ndim == 4 else value  # a 1x1 convolution is linear
+    return load_weights(Detector(ModelConfig(**told | overrides)), renamed, path)

@@ -37,12 +37,12 @@ defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, 
 
 OPTIONS = "height", "width", "box_filter", "downsample", "grid_us", "class_names"
 DATASETS = {  # grid_us: step between labelled frames; 0: the whole number of label intervals nearest to 100 ms
-    "etram": (720, 1280, "sides5", "nearest", 0, ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram",
-                                                  "wheelchair")),
-    "gen4": (720, 1280, "sides5", "nearest", 0, ("pedestrian", "two-wheeler", "car")),
-    "gen1": (240, 304, "prophesee", "none", 250_000, ("car", "pedestrian")),
-    "own": (0, 0, "none", "none", 0, ()),
+    "etram": (720, 1280, "sides5", "nearest", 0, "pedestrian car bicycle bus motorbike truck tram wheelchair".split()),
+    "gen4": (720, 1280, "sides5", "nearest", 0, ["pedestrian", "two-wheeler", "car"]),
+    "gen1": (240, 304, "prophesee", "none", 250_000, ["car", "pedestrian"]),
+    "own": (0, 0, "none", "none", 0, []),
 }
+BOX_FILTERS, DOWNSAMPLINGS = ("none", "sides5", "prophesee"), ("none", "nearest", "sum")
 LABEL = np.dtype([("t", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"), ("class_id", "<u4"),
                   ("track_id", "<u4"), ("class_confidence", "<f4")])
 BINS, MAX_COUNT, WINDOW_US = 10, 10, 50_000  # time bins a polarity; largest count stored; length of a window
@@ -50,7 +50,7 @@ FIRST_LABEL_US, JITTER_US = 100_000, 2_000   # earliest labelled frame; how far 
 MAX_LEAD_US = MAX_WINDOWS = 10_000_000       # a clock that starts later is not filled with windows from 0 on; 139 hours
 BLOCK = 1 << 19                              # events read at a time
 UNKNOWN = 2048                               # side of a sensor of which a file does not tell: coordinates have 11 bits
-NO_EVENTS = tuple(np.zeros(0, kind) for kind in ("i8", "u2", "u2", "u1"))
+NO_EVENTS = tuple(np.zeros(0, kind) for kind in ("i8", "i4", "i4", "u1"))
 
 
 @contextmanager
@@ -59,7 +59,8 @@ def reading(what):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
+        raise ValueError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}{hint}") from error
 
 
 # ---- recordings. A reader is a generator: first (height, width), 0 where unknown, then blocks (t, x, y, p) as stored
@@ -78,7 +79,7 @@ def read_h5(recording):
         step = -(-BLOCK // chunk) * chunk  # whole chunks, so that none is decompressed twice
         offset = int(file["t_offset"][()]) if "t_offset" in file else 0  # DSEC's
         for i in range(0, min(map(len, columns)), step):
-            t, x, y, p = (column[i:i + step] for column in columns)
+            t, x, y, p = (column[i:i + step].ravel() for column in columns)
             yield t.astype(np.int64) + offset, x, y, p
 
 
@@ -100,10 +101,7 @@ def read_dat(recording):
 
 def read_faery(recording):
     """EVT2, EVT3 (.raw with a header; .evt2, .evt3 without), AEDAT4, Event Stream, by the optional package faery."""
-    try:
-        import faery
-    except ImportError:
-        raise ValueError("this format needs an optional package: pip install faery") from None
+    import faery
     kind = recording.path.suffix.lower()[1:]
     bare = {"file_type": "evt", "version_fallback": kind} if kind in ("evt2", "evt3") else {}
     stream = faery.events_stream_from_file(recording.path, dimensions_fallback=(UNKNOWN, UNKNOWN), **bare)
@@ -121,8 +119,8 @@ READERS = {".h5": read_h5, ".hdf5": read_h5, ".dat": read_dat, ".raw": read_faer
 class Recording:
     """A recording on disk: path, height, width; height and width as given serve where the file does not tell.
 
-    Once chunks() was read: events; outside: events dropped for not being on the sensor; backwards: events whose time was
-    raised to the running maximum; first_us, last_us: times of the first and last event.
+    Once chunks() was read: events; outside: events dropped for not being on the sensor; backwards: events whose time
+    was raised to the running maximum; first_us, last_us: times of the first and last event.
     ValueError in one line: unknown format, no such file, unreadable, unknown sensor size, missing package.
     """
 
@@ -141,25 +139,24 @@ class Recording:
         return f"{self.path}, after {self.events} events up to {self.last_us} us"
 
     def chunks(self):
-        """Yield tuples (t int64 us, never decreasing; x, y int px; p, on where above 0), some BLOCK events, none empty.
+        """Yield tuples (t int64 us, never decreasing; x, y int32 px; p, above 0: on), none empty, some BLOCK events.
 
         ValueError names the file and how much of it could be read. A recording without events yields nothing.
         """
         self.__init__(self.path, self.height, self.width)
         with reading(self):
-            for columns in itertools.islice(self.reader(self), 1, None):
-                _, x, y, _ = columns
+            for t, x, y, p in itertools.islice(self.reader(self), 1, None):
                 inside = (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
-                t, x, y, p = columns if inside.all() else (column[inside] for column in columns)
+                t, x, y, p = (column if inside.all() else column[inside] for column in (t, x, y, p))
                 self.outside += len(inside) - len(t)
                 if len(inside) > 100 + 2 * len(t):
-                    raise ValueError(f"most events lie off {self.height} x {self.width} px: damaged, or another sensor?")
+                    raise ValueError(f"most events lie off {self.height} x {self.width} px: damaged? Another sensor?")
                 if len(t):
                     raised = np.maximum(np.maximum.accumulate(t), self.last_us if self.events else t[0])
                     self.backwards += int(np.count_nonzero(raised > t))
                     self.first_us = self.first_us if self.events else int(t[0])
                     self.events, self.last_us = self.events + len(t), int(raised[-1])
-                    yield raised, x, y, p
+                    yield raised, x.astype(np.int32, copy=False), y.astype(np.int32, copy=False), p
 
 
 open_recording = Recording  # what other files call
@@ -168,8 +165,8 @@ open_recording = Recording  # what other files call
 def windows(recording, ends_us=None):
     """Yield the events (t, x, y, p) of each window [end - WINDOW_US, end], both ends included, in bounded memory.
 
-    ends_us: ascending window ends, which may overlap, leave gaps or lie beyond the recording; None: every WINDOW_US from
-    the first event on until the last event is out. Empty windows are four empty arrays.
+    ends_us: ascending window ends, which may overlap, leave gaps or lie beyond the recording; None: every WINDOW_US
+    from the first event on until the last event is out. Empty windows are four empty arrays.
     """
     chunks, more = recording.chunks(), True
     events = next(chunks, NO_EVENTS)
@@ -219,11 +216,11 @@ def read_labels(path):
     with reading(path):
         boxes = recfunctions.repack_fields(np.load(path, allow_pickle=False).ravel())
         boxes = recfunctions.rename_fields(boxes, {"ts": "t", "confidence": "class_confidence"})
-        if missing := {"t", "x", "y", "w", "h", "class_id"} - set(boxes.dtype.names or ()):
+        numbers = {name for name in boxes.dtype.names or () if boxes.dtype[name].kind in "iuf"}
+        if missing := {"t", "x", "y", "w", "h", "class_id"} - numbers:
             raise ValueError(f"labels lack the fields {', '.join(sorted(missing))}")
         if "class_confidence" not in boxes.dtype.names:
-            sure = np.ones(len(boxes), np.float32)
-            boxes = recfunctions.append_fields(boxes, "class_confidence", sure, usemask=False)
+            boxes = recfunctions.append_fields(boxes, "class_confidence", np.ones(len(boxes), "f4"), usemask=False)
         return boxes[np.argsort(boxes["t"], kind="stable")]
 
 
@@ -275,7 +272,7 @@ def window_ends(frames, spacing_us, first_us):
     start = first_us if first_us > MAX_LEAD_US else 0
     counts = np.maximum(1, np.rint(np.diff(frames) / spacing_us)).astype(np.int64)
     if counts.sum() + (frames[0] - start) // WINDOW_US > MAX_WINDOWS:
-        raise ValueError(f"labels from {frames[0]} to {frames[-1]}: not microseconds in the recording's clock, it seems")
+        raise ValueError(f"labels from {frames[0]} to {frames[-1]}: not microseconds in the recording's clock?")
     ends = list(range(frames[0], start, -WINDOW_US))[::-1][1:-1]
     for before, after, count in zip(frames, frames[1:], counts):
         ends.extend(np.linspace(before, after, count + 1).astype(np.int64)[:-1])
@@ -284,48 +281,42 @@ def window_ends(frames, spacing_us, first_us):
 
 # ---- sequences
 
-def write_windows(folder, recording, ends_us, downsample):
-    """Write the histograms of all windows into a folder; returns how many, and how many of them are empty."""
-    half, empty = int(downsample != "none"), 0
-    shape = 2 * BINS, recording.height >> half, recording.width >> half
-    name = f"event_representations{'_ds2_nearest' * half}.h5"  # for "sum" too: it is the name that readers know
-    with h5py.File(folder / name, "w") as file:
-        data = file.create_dataset("data", (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape),
-                                   **hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE))
-        for events in windows(recording, ends_us):
-            data.resize(len(data) + 1, axis=0)
-            data[-1] = histogram(*events, recording.height, recording.width, downsample)
-            empty += len(events[0]) == 0
-        return len(data), empty
-
-
 def write_sequence(files, train, folder, options):
     """Write a sequence into a new folder, unless no labels are left in it; returns ((height, width), report)."""
-    events = files.get("events", f"no recording beside {files.get('labels')}")
-    recording, boxes, found, ends = open_recording(events, options.height, options.width), np.zeros(0, LABEL), {}, None
-    size = recording.height, recording.width
+    events, ends, empty = files.get("events", f"no recording beside {files.get('labels')}"), None, 0
+    recording, boxes, found = open_recording(events, options.height, options.width), np.zeros(0, LABEL), {}
+    size = H, W = recording.height, recording.width
     if "labels" in files:
         labels = read_labels(files["labels"])
-        boxes, found = filter_boxes(labels, *size, len(options.class_names), options.box_filter, train)
+        boxes, found = filter_boxes(labels, H, W, len(options.class_names), options.box_filter, train)
     frames, spacing_us = label_frames(np.unique(boxes["t"].astype(np.int64)), options.grid_us)
     boxes = boxes[np.isin(boxes["t"], frames)]
     if len(frames):
-        first_us = int(next(recording.chunks(), [[0]])[0][0])
-        ends = window_ends(frames, spacing_us, first_us)
-    if len(frames) or "labels" not in files:
-        histograms = folder / "event_representations_v2" / f"stacked_histogram_dt=50_nbins={BINS}"
-        histograms.mkdir(parents=True)
-        Path(folder, "labels_v2").mkdir()
-        count, found["empty windows"] = write_windows(histograms, recording, ends, options.downsample)
-        ends = recording.first_us + WINDOW_US * np.arange(1, count + 1) if ends is None else ends
-        np.save(histograms / "timestamps_us.npy", ends)
-        np.save(histograms / "objframe_idx_2_repr_idx.npy", np.searchsorted(ends, frames))
-        np.save(folder / "labels_v2" / "timestamps_us.npy", frames)
-        np.savez(folder / "labels_v2" / "labels.npz", labels=boxes,
-                 objframe_idx_2_label_idx=np.searchsorted(boxes["t"].astype(np.int64), frames))
-    found |= {"events off the sensor": recording.outside, "times backwards": recording.backwards}
-    report = f"{0 if ends is None else len(ends)} windows, {len(frames)} labelled frames, {len(boxes)} boxes"
-    return size, report + "".join(f"; {number} {what}" for what, number in found.items() if number)
+        ends = window_ends(frames, spacing_us, int(next(recording.chunks(), [[0]])[0][0]))
+    elif "labels" in files:
+        return size, "no labels left" + "".join(f"; {number} {what}" for what, number in found.items() if number)
+    target = folder / "event_representations_v2" / f"stacked_histogram_dt=50_nbins={BINS}"
+    target.mkdir(parents=True)
+    half = int(options.downsample != "none")
+    shape = 2 * BINS, H >> half, W >> half
+    # "_ds2_nearest" for sums too: it is the name that readers know
+    with h5py.File(target / f"event_representations{'_ds2_nearest' * half}.h5", "w") as file:
+        data = file.create_dataset("data", (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape),
+                                   **hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE))
+        for count, events in enumerate(windows(recording, ends), 1):
+            data.resize(count, axis=0)
+            data[-1] = histogram(*events, H, W, options.downsample)
+            empty += not len(events[0])
+        ends = recording.first_us + WINDOW_US * np.arange(1, len(data) + 1) if ends is None else ends
+    np.save(target / "timestamps_us.npy", ends)
+    np.save(target / "objframe_idx_2_repr_idx.npy", np.searchsorted(ends, frames))
+    Path(folder, "labels_v2").mkdir()
+    np.save(folder / "labels_v2" / "timestamps_us.npy", frames)
+    np.savez(folder / "labels_v2" / "labels.npz", labels=boxes,
+             objframe_idx_2_label_idx=np.searchsorted(boxes["t"].astype(np.int64), frames))
+    found |= {"windows empty": empty, "events off the sensor": recording.outside, "times raised": recording.backwards}
+    return size, (f"{len(ends)} windows, {len(frames)} labelled frames, {len(boxes)} boxes"
+                  + "".join(f"; {number} {what}" for what, number in found.items() if number))
 
 
 def prepare_sequence(job):
@@ -365,11 +356,12 @@ def run_jobs(function, jobs, num_workers):
 def find_sequences(folder):
     """[(split, name, {"events": path, "labels": path})] below a folder, in order; ValueError where there is none."""
     found = {}
-    for split, path in ((split, path) for split in ("train", "val", "test") for path in sorted(Path(folder, split).glob("[!.]*"))):
-        if path.name.endswith("_bbox.npy"):
-            found.setdefault((split, path.name[:-9]), {})["labels"] = path
-        elif path.suffix.lower() in READERS:
-            found.setdefault((split, path.stem.removesuffix(".dat").removesuffix("_td")), {})["events"] = path
+    for split in ("train", "val", "test"):
+        for path in sorted(Path(folder, split).glob("[!.]*")):
+            if path.name.endswith("_bbox.npy"):
+                found.setdefault((split, path.name[:-9]), {})["labels"] = path
+            elif path.suffix.lower() in READERS:
+                found.setdefault((split, path.stem.removesuffix(".dat").removesuffix("_td")), {})["events"] = path
     if not found:
         raise ValueError(f"{folder}: no recordings in its folders train, val and test")
     return [(*key, files) for key, files in found.items()]
@@ -378,35 +370,37 @@ def find_sequences(folder):
 def prepare(src, dst, dataset="own", num_workers=0, **changes):
     """Prepare the data set below src into dst; returns {outcome: number of sequences}. Reports what is odd about each.
 
-    changes: box_filter, downsample, class_names, height, width, where they are not the data set's. ValueError: src or an
-    option is wrong, dst was prepared otherwise; or, once all others are prepared, files are damaged.
+    changes: box_filter, downsample, class_names, height, width, where they are not the data set's. ValueError: src or
+    an option is wrong, dst was prepared otherwise; or, once all others are prepared, files are damaged.
     """
-    settings = dict(zip(OPTIONS, DATASETS.get(dataset, DATASETS["own"]))) | {k: v for k, v in changes.items() if v}
-    options = SimpleNamespace(**settings, dst=dst)
-    for value, known in ((dataset, DATASETS), (options.box_filter, ("none", "sides5", "prophesee")),
-                         (options.downsample, ("none", "nearest", "sum"))):
-        if value not in known:
-            raise ValueError(f"{value!r}: expected one of {', '.join(known)}")
-    sequences, path = find_sequences(src), Path(dst, "dataset.json")
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset={dataset!r}: expected one of {', '.join(DATASETS)}")
+    settings = dict(zip(OPTIONS, DATASETS[dataset])) | {key: value for key, value in changes.items() if value}
+    options, sequences, path = SimpleNamespace(**settings, dst=dst), find_sequences(src), Path(dst, "dataset.json")
+    if options.box_filter not in BOX_FILTERS or options.downsample not in DOWNSAMPLINGS:
+        raise ValueError(f"box_filter={options.box_filter!r}, downsample={options.downsample!r}: expected one of "
+                         f"{', '.join(BOX_FILTERS)} and one of {', '.join(DOWNSAMPLINGS)}")
     if not options.class_names:
         ids = [read_labels(files["labels"])["class_id"].max(initial=0) for *_, files in sequences if "labels" in files]
-        options.class_names = tuple(map(str, range(int(max(ids, default=0)) + 1)))
+        options.class_names = [str(k) for k in range(int(max(ids, default=0)) + 1)]
     about = dict(classes=list(options.class_names), box_filter=options.box_filter, downsample=options.downsample)
-    with reading(path):
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
-        if before | about != before:
-            raise ValueError(f"prepared with other classes or options; remove {dst} or choose another --dst")
+    if path.exists():
+        with reading(path):
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before | about != before:
+                raise ValueError(f"prepared with other classes or options; remove {dst} or choose another --dst")
+            about = before
     Path(dst, ".partial").mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(before), encoding="utf-8")
-    counts, failures, jobs = {}, [], [(*sequence, options) for sequence in sequences]
+    path.write_text(json.dumps(about), encoding="utf-8")
+    jobs, counts, failures = [(*sequence, options) for sequence in sequences], {}, []
     for outcome, line, size in tqdm(run_jobs(prepare_sequence, jobs, num_workers), "prepare", len(jobs), unit="seq"):
         counts[outcome] = counts.get(outcome, 0) + 1
-        before |= zip(("height", "width"), size)
-        failures += [line] if outcome == "failed" else []
+        about |= zip(("height", "width"), size)
         if outcome in ("failed", "skipped") or ";" in line:
             tqdm.write(f"{outcome}: {line}")
+        failures += [line] * (outcome == "failed")
+    path.write_text(json.dumps(about), encoding="utf-8")
     shutil.rmtree(Path(dst, ".partial"))
-    path.write_text(json.dumps(before), encoding="utf-8")
     if failures:
         raise ValueError(f"{len(failures)} of {len(jobs)} sequences failed, the others are in {dst}: {failures[0]}")
     return counts
@@ -414,9 +408,7 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
 
 def main(argv):
     config = configure(defaults, argv)
-    if not config["src"] or not config["dst"]:
-        raise ValueError("say where from and where to: python prepare.py --src=RAW --dst=OUT --dataset=etram")
-    print(", ".join(f"{count} {outcome}" for outcome, count in prepare(**config).items()) + f": {config['dst']}")
+    print(f"{config['dst']}:", ", ".join(f"{count} {outcome}" for outcome, count in prepare(**config).items()))
 
 
 if __name__ == "__main__":

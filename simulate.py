@@ -1,4 +1,4 @@
-"""Simulated street traffic before a static event camera -> raw recordings as eTraM's release has them; the toy data set.
+"""Simulated street traffic before a static event camera -> raw recordings as in eTraM's release; the toy data set.
 
 In:  a seed and the options below. Out: DST/{train,val,test}/NAME_td.h5 (group `events`: x, y, p, t, height, width) and
      NAME_bbox.npy (eTraM's fields and class ids, 30 Hz). Finished recordings are kept: an interrupted run goes on.
@@ -51,10 +51,11 @@ KINDS = (
      "disc tyre 10 28 62 100, disc tyre 72 90 62 100"),
     (1.75, 1.75, 0.6, 4.5, 0.11, 3.5, "ring tyre 0 40 58 100, ring tyre 60 100 58 100, box b 25 80 62 66, "
      "limb+ b 42 50 45 90, limb- b 42 50 45 90, disc a 34 64 14 52, disc skin 50 66 0 15"),
-    (8.5, 3.1, 2.5, 7.5, 0.06, 2, "box a 0 100 0 90, box glass 4 15 14 46, box glass 20 31 14 46, box glass 36 47 14 46, "
-     "box glass 52 63 14 46, box glass 68 79 14 46, box b 84 96 14 85, disc tyre 14 25 74 100, disc tyre 68 79 74 100"),
-    (2.0, 1.5, 0.7, 9, 0.08, 2, "disc tyre 0 32 55 100, disc tyre 68 100 55 100, box b 20 85 50 80, disc a 30 60 12 62, "
-     "disc tyre 44 64 0 24, box a 55 80 34 42"),
+    (8.5, 3.1, 2.5, 7.5, 0.06, 2, "box a 0 100 0 90, box glass 4 15 14 46, box glass 20 31 14 46, "
+     "box glass 36 47 14 46, box glass 52 63 14 46, box glass 68 79 14 46, box b 84 96 14 85, disc tyre 14 25 74 100, "
+     "disc tyre 68 79 74 100"),
+    (2.0, 1.5, 0.7, 9, 0.08, 2, "disc tyre 0 32 55 100, disc tyre 68 100 55 100, box b 20 85 50 80, "
+     "disc a 30 60 12 62, disc tyre 44 64 0 24, box a 55 80 34 42"),
     (6.5, 3.1, 2.5, 8, 0.06, 2, "box a 0 68 0 78, box b 72 100 20 85, box glass 84 98 26 50, box tyre 0 100 78 85, "
      "disc tyre 6 20 72 100, disc tyre 24 38 72 100, disc tyre 78 92 72 100"),
     (13.0, 3.5, 2.6, 8, 0.04, 2, "box a 0 48 14 100, box a 52 100 14 100, box tyre 48 52 20 95, box glass 2 46 28 54, "
@@ -68,12 +69,12 @@ KINDS = (
 
 
 def sprite(parts, shades, phase, noise):
-    """Log intensity times cover, and cover, (CELLS, 2, CELLS), of parts [(shape, shade, left, right, top, bottom)] whose
-    limbs, wheels, leaves, lights are at `phase` in [0, 1) of their turn; noise (CELLS, CELLS) in [0, 1) parts leaves."""
+    """Log intensity times cover, and cover, (CELLS, 2, CELLS), of parts [(shape, shade, left, right, top, bottom)]
+    whose limbs, wheels, leaves, lights stand at `phase`, in turns; noise (CELLS, CELLS) in [0, 1): phase of leaves."""
     v, u = (np.mgrid[:CELLS, :CELLS] + 0.5) / CELLS * 100
     image, turn = np.zeros((CELLS, 2, CELLS), np.float32), 2 * np.pi * phase
     for shape, shade, left, right, top, bottom in parts:
-        x, y = (2 * u - left - right) / (right - left), (2 * v - top - bottom) / (bottom - top)  # in [-1, 1]^2: the part
+        x, y = (2 * u - left - right) / (right - left), (2 * v - top - bottom) / (bottom - top)  # the part: [-1, 1]^2
         x -= {"limb+": 1, "limb-": -1}.get(shape, 0) * (1 + y) * np.sin(turn)
         r2 = x * x + y * y
         inside = (np.abs(x) < 1) & (np.abs(y) < 1) if shape in ("box", "limb+", "limb-") else r2 < 1
@@ -126,13 +127,13 @@ def travel(rng, kind, scene, steps):
     shades = {shade: value * scene.contrast for shade, value in shades.items()}
     turns, noise = 1 if {part[0] for part in parts} <= {"box", "disc"} else 12, rng.random((CELLS, CELLS))
     images = np.stack([sprite(parts, shades, i / turns, noise) for i in range(turns)])
+    box = np.stack((scene.width / 2 + X * scale - across / 2, top, across, tall * scale, phase), 1)
     return SimpleNamespace(kind=kind, images=images[..., ::1 if np.cos(angle) > 0 else -1], Z=Z_at, pace=pace * scale,
-                           box=np.stack((scene.width / 2 + X * scale - across / 2, top, across, tall * scale, phase), 1),
-                           moved=0.0, place=None, patch=None)
+                           box=box, moved=0.0, place=None, patch=None)
 
 
 def make_scene(rng, options, kinds, steps):
-    """Scene with its static background, .ground (H, W) log intensity, and the list of all that moves or stands in it."""
+    """Scene with its static background, .ground (H, W) log intensity, and the list of what moves or stands in it."""
     H, W = options.height, options.width
     scene = SimpleNamespace(height=H, width=W, focal=W, sizes=options.sizes, horizon=H * rng.uniform(0.1, 0.3),
                             camera=rng.uniform(3.5, 6), road=rng.uniform(-0.6, 0.6), night=rng.random() < options.night)
@@ -211,7 +212,7 @@ def make_events(rng, image, before, level, last_us, pixel, step):
     t = np.concatenate((t[keep], (step + rng.random(len(noise))) * (1e6 / FPS))).astype(np.int64)
     p = np.concatenate((unit_of[keep] > 0, rng.random(len(noise)) < 0.5))
     order = np.argsort(t, kind="stable")
-    where = np.concatenate((where[keep], noise))[order]
+    where = np.concatenate((where[keep], noise)).astype(np.int32)[order]
     last_us[where] = t[order]
     return t[order], where, p[order]
 
@@ -229,27 +230,23 @@ def simulate_sequence(job):
     draws = (index * number + np.arange(number)) * 0.6180339887 % 1  # golden ratio: rare classes spread over all splits
     scene, things = make_scene(rng, options, np.searchsorted(shares, draws * shares[-1]), steps)
     on, off = np.maximum(rng.normal(THRESHOLDS, MISMATCH, (H * W, 2)), 0.05).astype(np.float32).T.copy()
-    pixel = SimpleNamespace(on=on, off=off, leak=on * np.float32(LEAK_HZ / FPS), hot_rate=rng.uniform(20, 150) / FPS,
-                            noise=(0.2 if scene.night else 0.03) * H * W / FPS, hot=rng.integers(0, H * W, H * W // 15000))
+    pixel = SimpleNamespace(on=on, off=off, leak=on * np.float32(LEAK_HZ / FPS),
+                            hot=rng.integers(0, H * W, H * W // 15000), hot_rate=rng.uniform(20, 150) / FPS,
+                            noise=(0.2 if scene.night else 0.03) * H * W / FPS)
     before = render(scene, things, 0).ravel()
     level, last_us, labels, events = before.copy(), np.full(H * W, -1e9), [], []
+    for step in range(1, steps):
+        owner = np.full((H, W), -1, np.int64) if step % (FPS // LABEL_HZ) == 0 else None
+        image = render(scene, things, step, owner).ravel()
+        events.append(make_events(rng, image, before, level, last_us, pixel, step - 1))
+        before = image
+        labels += [] if owner is None else labels_at(things, step, owner, options)
+    t, where, p = map(np.concatenate, zip(*events))
+    columns = {"t": t, "x": (where % W).astype(np.uint16), "y": (where // W).astype(np.uint16), "p": p.astype(np.uint8)}
     with h5py.File(folder / f".{name}.part", "w") as file:
-        group = file.create_group("events")
-        group["height"], group["width"] = H, W
-        for key, kind in (("t", "i8"), ("x", "u2"), ("y", "u2"), ("p", "u1")):
-            group.create_dataset(key, (0,), kind, maxshape=(None,), chunks=(1 << 16,), **hdf5plugin.Blosc(cname="zstd"))
-        for step in range(1, steps):
-            owner = np.full((H, W), -1, np.int64) if step % (FPS // LABEL_HZ) == 0 else None
-            image = render(scene, things, step, owner).ravel()
-            events.append(make_events(rng, image, before, level, last_us, pixel, step - 1))
-            before = image
-            labels += [] if owner is None else labels_at(things, step, owner, options)
-            if len(events) == FPS or step == steps - 1:  # a second is written at a time
-                t, where, p = map(np.concatenate, zip(*events))
-                for key, column in (("t", t), ("x", where % W), ("y", where // W), ("p", p)):
-                    group[key].resize(len(group[key]) + len(t), axis=0)
-                    group[key][len(group[key]) - len(t):] = column
-                events = []
+        file["events/height"], file["events/width"] = H, W
+        for key, column in columns.items():
+            file.create_dataset(f"events/{key}", data=column, chunks=True, **hdf5plugin.Blosc(cname="zstd"))
     np.save(folder / f"{name}_bbox.npy", np.array(labels, LABEL))
     os.replace(folder / f".{name}.part", folder / f"{name}_td.h5")
 
@@ -275,9 +272,7 @@ def ensure_toy(data_dir="datasets/toy", num_workers=num_workers):
 
 
 def main(argv):
-    config = configure(defaults, argv)
-    simulate(**config)
-    print(f"{config['dst']}: {config['train']} + {config['val']} + {config['test']} recordings")
+    simulate(**configure(defaults, argv))
 
 
 if __name__ == "__main__":

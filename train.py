@@ -8,8 +8,8 @@ data set. Out, in out_dir: ckpt.pt (last), best.pt (best validation AP), log.csv
     python train.py --out_dir=out --init_from=resume                 go on as if never stopped
 """
 
-import csv
 import dataclasses
+import inspect
 import math
 import os
 import resource
@@ -27,6 +27,7 @@ import eval as evaluation
 from configurator import command_line, configure, dump
 from loss import SizeAware, detection_loss
 from model import Detector, ModelConfig, keep_buffers, load_rvt, load_weights, read_checkpoint, reset_state
+from simulate import ensure_toy
 
 # ---- files
 out_dir = "out"
@@ -91,14 +92,14 @@ COLUMNS = ("step", *MEANS, "lr", "AP", "AP50", "frames_per_s", "data_wait", "pea
 
 def check(config):
     """ValueError for values that cannot work together, before any work is done."""
-    for key in ("max_steps", "eval_interval", "log_interval", "checkpoint_interval", "eval_batch_size", "max_bad_steps",
-                "size_aware_weight"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key}={getattr(config, key)}: expected at least 1")
-    for key, known in (("weight_type", ("exponential", "linear", "step")), ("grad_clip_by", ("value", "norm")),
-                       ("dtype", ("auto", "float32", "bfloat16", "float16"))):
-        if getattr(config, key) not in known:
-            raise ValueError(f"{key}={getattr(config, key)!r}: expected {' or '.join(known)}")
+    known = dict(weight_type=("exponential", "linear", "step"), grad_clip_by=("value", "norm"),
+                 dtype=("auto", "float32", "bfloat16", "float16"))
+    for key, value in vars(config).items():
+        if key in known and value not in known[key]:
+            raise ValueError(f"{key}={value!r}: expected {' or '.join(known[key])}")
+        if key in ("max_steps", "max_bad_steps", "eval_batch_size", "size_aware_weight") or key.endswith("_interval"):
+            if value < 1:
+                raise ValueError(f"{key}={value}: expected at least 1")
     if not config.size_aware_terms or set(config.size_aware_terms) - {"iou", "cls"}:
         raise ValueError(f"size_aware_terms={config.size_aware_terms}: expected iou, cls or both")
     if min(config.small_threshold, config.medium_threshold) and config.small_threshold >= config.medium_threshold:
@@ -117,11 +118,11 @@ def learning_rate_at(step, max_steps, peak):
     return peak + (peak / 10_000 - peak) * (step - top) / max(max_steps - 1 - top, 1)
 
 
-def save_atomically(contents, path):
-    """torch.save to a temporary file, flushed and then renamed: `path` is whole, old or new, whatever happens."""
+def write(path, save):
+    """Call save(file) on a temporary file, flush and rename it: `path` is whole, old or new, whatever happens."""
     try:
         with open(f"{path}.tmp", "wb") as file:
-            torch.save(contents, file)
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
@@ -129,30 +130,19 @@ def save_atomically(contents, path):
         raise OSError(f"{path}: not written, the one before is intact ({error}); is the disk full?") from error
 
 
-def write_log(out_dir, rows):
-    """log.csv, written anew from all rows, so that a resumed run has none from after its checkpoint."""
-    path = os.path.join(out_dir, "log.csv")
-    with open(f"{path}.tmp", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(f"{path}.tmp", path)
-
-
-def draw_curves(out_dir, rows):
-    """curves.png: losses, validation scores and the health of the run over the steps of `rows`."""
+def draw_curves(path, rows):
+    """Losses, validation scores and the health of the run over the steps of the log's `rows`, as a picture."""
     from matplotlib.figure import Figure
     figure = Figure((15, 4), layout="constrained")
-    panels = (("training loss", LOSSES[:4], "log"), ("validation, class mean, all boxes", ("AP", "AP50"), "linear"),
-              ("gradient norm, matched anchors per box", ("grad_norm", "num_fg"), "log"))
-    for axes, (title, keys, scale) in zip(figure.subplots(1, 3), panels):
+    panels = {"training loss": LOSSES[:4], "validation, class mean, all boxes": ("AP", "AP50"),
+              "gradient norm, matched anchors per box": ("grad_norm", "num_fg")}
+    for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items()):
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if row[key] != ""]
-            axes.plot(*zip(*points) if points else ((), ()), "o-" if key[:2] == "AP" else "-", label=key)
-        axes.set(title=title, xlabel="step", yscale=scale)
-        axes.grid(alpha=0.3)
+            axes.plot(*zip(*points) if points else ((), ()), "o-" if "AP" in keys else "-", label=key)
+        axes.set(title=title, xlabel="step", yscale="linear" if "AP" in keys else "log")
         axes.legend()
-    figure.savefig(os.path.join(out_dir, "curves.png"), dpi=80)
+    figure.savefig(path, dpi=80)
 
 
 def peak_gib(device):
@@ -204,6 +194,15 @@ class Forward(torch.nn.Module):
         return detection_loss(prediction, targets, self.size_aware), [s.detach() for s in state]
 
 
+def start_wandb(config):
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("wandb_log=True needs a package: pip install wandb") from None
+    return wandb.init(project=config.wandb_project, group=config.wandb_group or None, name=config.wandb_run_name,
+                      config=vars(config))
+
+
 def train(config, checkpoint=None):
     """Run the training of `config` (a namespace with the keys of `defaults`), from `checkpoint` if one is resumed.
 
@@ -212,18 +211,17 @@ def train(config, checkpoint=None):
     check(config)
     keep_buffers()
     device, dtype = resolve_device(config)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device.type == "cuda":
+    cuda, rank, world = device.type == "cuda", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *args: None
+        dist.init_process_group("nccl" if cuda else "gloo")
+    say = tqdm.write if rank == 0 else lambda text: None
     torch.manual_seed(config.seed)
 
     # data
     if rank == 0 and config.data_dir == defaults["data_dir"]:
-        from simulate import ensure_toy
         ensure_toy(config.data_dir)
     if world > 1:
         dist.barrier()
@@ -234,73 +232,58 @@ def train(config, checkpoint=None):
         config.small_threshold, config.medium_threshold = config.small_threshold or small, config.medium_threshold or medium
         check(config)
     groups, B = config.gradient_accumulation_steps, config.batch_size
-    train_data = data.TrainData(sequences, rank=rank, world_size=world, **{key: getattr(config, key) for key in (
-        "seed", "sampling", "sequence_length", "batch_size", "gradient_accumulation_steps", "mixed_stream", "mixed_random",
-        "flip", "zoom_stream", "zoom_random", "zoom_in_share", "zoom_in_max", "zoom_out_max")})
+    train_data = data.TrainData(sequences, rank=rank, world_size=world, **{
+        key: getattr(config, key) for key in inspect.signature(data.TrainData).parameters if hasattr(config, key)})
 
     # model, optimiser
     model = build(config, sequences[0].hw, len(names), checkpoint).to(device)
     vars(config).update(dataclasses.asdict(model.config), class_names=names)  # what was derived goes on record
-    if world > 1 and device.type == "cuda":
+    if world > 1 and cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parameters = list(model.parameters())
     statistics = [buffer for name, buffer in model.named_buffers() if name != "grid"]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay,
-                                  fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=cuda)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward = Forward(model, SizeAware(config.weight_type, config.size_aware_weight, config.small_threshold,
-                                       config.medium_threshold, config.size_aware_terms)
-                      if config.size_aware_loss else None)
-    compiled = config.compile and device.type == "cuda"
-    if compiled:
-        forward = torch.compile(forward)
+                                       config.medium_threshold, config.size_aware_terms) if config.size_aware_loss else None)
+    compiled = config.compile and cuda
+    forward = torch.compile(forward) if compiled else forward
 
     # where the run stands
-    states = [model.initial_state(B) for _ in range(groups)]
+    rows, states = [], [model.initial_state(B) for _ in range(groups)]
     at = dict(step=0, best=-1.0, bad=0, smoothed=0.0, lowest=math.inf, above=0, sums=[0.0] * len(MEANS), count=0)
-    rows = []
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         at, rows, streams = checkpoint["progress"], checkpoint["log"], checkpoint["states"]
-        if len(streams[0]) != world * groups * B:
-            raise ValueError(f"resume: the checkpoint holds {len(streams[0])} streams, but processes x accumulation x "
-                             f"batch_size is {world * groups * B} now; start it as it was started")
-        mine = [s[rank * groups * B:(rank + 1) * groups * B].to(device) for s in streams]
-        states = [list(parts) for parts in zip(*[s.split(B) for s in mine])]
+        had, now = (len(streams), len(streams[0]), len(streams[0][0][0])), (world, groups, B)
+        if had != now:
+            raise ValueError(f"resume: processes, accumulation and batch_size were {had} and are {now}; keep them")
+        states = [[s.to(device) for s in state] for state in streams[rank]]
+    path = SimpleNamespace(**{name.split(".")[0]: os.path.join(config.out_dir, name) for name in (
+        "ckpt.pt", "best.pt", "log.csv", "config.py", "curves.png")})
     if rank == 0:
-        if not checkpoint and os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):
+        if not checkpoint and os.path.exists(path.ckpt):
             kept = f"{config.out_dir}-{time.strftime('%Y%m%d-%H%M%S')}"
             os.rename(config.out_dir, kept)
-            print(f"the run that was in {config.out_dir} is in {kept} now")
+            say(f"the run that was in {config.out_dir} is in {kept} now")
         os.makedirs(config.out_dir, exist_ok=True)
-        with open(os.path.join(config.out_dir, "config.py"), "w") as file:
-            file.write(f'"""python train.py {config.out_dir}/config.py"""\n\n' + dump(vars(config)))
-    say(dump(vars(config)) + f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; attention in groups of "
-        f"{model.config.part} tokens at {model.config.padded_hw}; strides {model.config.strides}; "
-        f"{len(sequences)} sequences, {train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
-    wandb = None
-    if config.wandb_log and rank == 0:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("wandb_log=True needs a package: pip install wandb") from None
-        wandb.init(project=config.wandb_project, group=config.wandb_group or None, name=config.wandb_run_name,
-                   config=vars(config))
+        write(path.config, lambda file: file.write(f"# python train.py {path.config}\n{dump(vars(config))}".encode()))
+    say(f"{dump(vars(config))}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; attention in groups of "
+        f"{model.config.part} tokens at {model.config.padded_hw}; strides {model.config.strides}; {len(sequences)} sequences, "
+        f"{train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
+    wandb = start_wandb(config) if config.wandb_log and rank == 0 else None
 
-    def save(name):
+    def save(file_path):
         """Everything that the run is, gathered from all processes, written by the first."""
-        streams = [torch.cat(parts) for parts in zip(*states)]
+        streams = [states] * world
         if world > 1:
-            parts = [[torch.empty_like(s) for _ in range(world)] for s in streams]
-            for part, s in zip(parts, streams):
-                dist.all_gather(part, s)
-            streams = [torch.cat(part) for part in parts]
+            dist.all_gather_object(streams, [[s.cpu() for s in state] for state in states])
+        contents = dict(model=model.state_dict(), model_config=dataclasses.asdict(model.config), config=vars(config),
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=at["step"], progress=at,
+                        states=streams, log=rows, rng=torch.get_rng_state())
         if rank == 0:
-            save_atomically(dict(
-                model=model.state_dict(), model_config=dataclasses.asdict(model.config), config=vars(config),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=at["step"], progress=at, states=streams,
-                log=rows, rng=torch.get_rng_state()), os.path.join(config.out_dir, name))
+            write(file_path, lambda file: torch.save(contents, file))
 
     stop = [0]  # the signal that asks for it
 
@@ -309,11 +292,11 @@ def train(config, checkpoint=None):
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    loader = data.make_loader(train_data, at["step"] * groups, config.num_workers, pin_memory=device.type == "cuda")
+    loader = data.make_loader(train_data, at["step"] * groups, config.num_workers, pin_memory=cuda)
     if checkpoint:
         torch.set_rng_state(checkpoint["rng"])  # after the loader, which draws from it
     bar = tqdm(total=config.max_steps, initial=at["step"], disable=rank > 0, unit="step", dynamic_ncols=True, mininterval=1)
-    started, waited, gave_up = time.perf_counter(), 0.0, ""
+    started, waited = time.perf_counter(), 0.0
     model.train()
     try:
         while at["step"] < config.max_steps and not stop[0]:
@@ -326,12 +309,12 @@ def train(config, checkpoint=None):
                 waiting = time.perf_counter()
                 batch = next(loader)
                 waited += time.perf_counter() - waiting
-                events, rows_, cols, is_first, frames, targets = (
-                    x.to(device, non_blocking=True) if x is not batch.frames else x for x in batch[:6])
-                index = frames.flatten().nonzero().flatten().to(device, non_blocking=True)
+                index = batch.frames.flatten().nonzero().flatten()
+                events, flips, zooms, is_first, targets, index = (x.to(device, non_blocking=True) for x in (
+                    batch.events, batch.rows, batch.cols, batch.is_first, batch.targets, index))
                 for tensor in (index, targets) if compiled else ():
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                events, state = data.augment(events, rows_, cols), reset_state(states[a], is_first)
+                events, state = data.augment(events, flips, zooms), reset_state(states[a], is_first)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     losses, states[a] = forward(events, state, index, targets)
                 # a batch without boxes still runs everything, and weighs nothing
@@ -351,38 +334,37 @@ def train(config, checkpoint=None):
             stop[0] = stop[0] or (signal.SIGTERM if asked else 0)
             # gradients that overflow float16 are the scaler's business; anything else that is not finite skips the step
             if math.isfinite(sum(values[:5])) and not lost and (math.isfinite(values[5]) or scaler.is_enabled()):
-                if config.grad_clip_by == "norm" and config.grad_clip:
+                if config.grad_clip and config.grad_clip_by == "norm":
                     torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
                 elif config.grad_clip:
                     torch.nn.utils.clip_grad_value_(parameters, config.grad_clip)
                 scaler.step(optimizer)
                 scaler.update()
                 smoothed = 0.99 * at["smoothed"] + 0.01 * values[0] if at["smoothed"] else values[0]
-                lowest = min(at["lowest"], smoothed)
-                at |= dict(bad=0, smoothed=smoothed, lowest=lowest, count=at["count"] + 1,
-                           above=at["above"] + 1 if smoothed > config.max_loss_ratio * lowest else 0,
+                above = at["above"] + 1 if smoothed > config.max_loss_ratio * at["lowest"] else 0
+                at |= dict(bad=0, smoothed=smoothed, lowest=min(at["lowest"], smoothed), above=above, count=at["count"] + 1,
                            sums=[x + y for x, y in zip(at["sums"], values)])
             else:
                 at["bad"] += 1
                 wrong = [name for name, value in zip(MEANS, values) if not math.isfinite(value)] + ["state"] * bool(lost)
-                tqdm.write(f"step {at['step']}: {', '.join(wrong)} not finite, skipped ({at['bad']} in a row)")
+                say(f"step {at['step']}: {', '.join(wrong)} not finite, skipped ({at['bad']} in a row)")
                 torch._foreach_copy_(statistics, before)
                 states = states_before
             optimizer.zero_grad(set_to_none=True)
-            at["step"] += 1
             bar.update()
-
-            if at["bad"] >= config.max_bad_steps:
-                gave_up = f"{at['bad']} steps in a row were not finite; lower learning_rate, or use --dtype=float32"
-            elif config.patience and at["above"] >= config.patience:
-                gave_up = f"the loss diverged ({at['smoothed']:.3g}, its minimum was {at['lowest']:.3g}); lower learning_rate"
-            elif config.max_memory_gib and peak_gib(device) > config.max_memory_gib:
-                gave_up = f"peak memory {peak_gib(device):.2f} GiB passed max_memory_gib={config.max_memory_gib:g}; lower " \
-                          f"batch_size or sequence_length, or set --checkpointing=True"
-            if gave_up:
-                raise ValueError(f"step {at['step']}: {gave_up}. The last checkpoint in {config.out_dir} is kept")
-            step, evaluate = at["step"], at["step"] % config.eval_interval == 0 or at["step"] == config.max_steps
-            if step % config.log_interval == 0 or evaluate:
+            step = at["step"] = at["step"] + 1
+            for passed, why in (
+                    (at["bad"] >= config.max_bad_steps,
+                     f"{at['bad']} steps in a row were not finite; lower learning_rate, or use --dtype=float32"),
+                    (0 < config.patience <= at["above"],
+                     f"the loss diverged ({at['smoothed']:.3g}, its minimum was {at['lowest']:.3g}); lower learning_rate"),
+                    (0 < config.max_memory_gib < peak_gib(device),
+                     f"peak memory of {peak_gib(device):.2f} GiB passed max_memory_gib={config.max_memory_gib:g}; lower "
+                     f"batch_size or sequence_length, or set --checkpointing=True")):
+                if passed:
+                    raise ValueError(f"step {step}: {why}. The last checkpoint is kept: {path.ckpt}")
+            evaluate = step % config.eval_interval == 0 or step == config.max_steps
+            if evaluate or step % config.log_interval == 0:
                 seconds, count = time.perf_counter() - started, max(at["count"], 1)
                 row = dict(step=step, **{key: round(x / count, 6) for key, x in zip(MEANS, at["sums"])}, lr=lr, AP="", AP50="",
                            frames_per_s=round(config.sequence_length * B * groups * world * at["count"] / seconds, 2),
@@ -390,37 +372,37 @@ def train(config, checkpoint=None):
                 at |= dict(sums=[0.0] * len(MEANS), count=0)
                 rows.append(row)
                 bar.set_postfix(loss=row["loss"], fps=row["frames_per_s"])
-                for buffer in statistics if world > 1 and evaluate else ():
-                    dist.broadcast(buffer, 0)
                 if evaluate:
+                    for buffer in statistics if world > 1 else ():
+                        dist.broadcast(buffer, 0)
                     found = evaluation.run(model, validation, config.eval_batch_size, config.sequence_length, device, dtype)
                     scores = evaluation.score_boxes(*found, *model.config.input_hw, names)
                     row |= dict(AP=scores["AP"], AP50=scores["AP50"])
-                    tqdm.write(f"step {step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (class mean, all boxes)")
+                    say(f"step {step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (validation, class mean, all boxes)")
                 if rank == 0:
-                    write_log(config.out_dir, rows)
+                    table = [COLUMNS, *([row[key] for key in COLUMNS] for row in rows)]
+                    write(path.log, lambda file: file.write("".join(",".join(map(str, x)) + "\n" for x in table).encode()))
                 if wandb:
                     wandb.log({key: x for key, x in row.items() if x != ""}, step=step)
                 if evaluate and row["AP"] > at["best"]:
                     at["best"] = row["AP"]
-                    save("best.pt")
+                    save(path.best)
                 started, waited = time.perf_counter(), 0.0
-            if step % config.checkpoint_interval == 0 or evaluate or stop[0]:
-                save("ckpt.pt")
+            if evaluate or stop[0] or step % config.checkpoint_interval == 0:
+                save(path.ckpt)
                 if rank == 0:
-                    draw_curves(config.out_dir, rows)
+                    draw_curves(path.curves, rows)
     except torch.OutOfMemoryError:
-        raise ValueError(f"step {at['step']}: out of GPU memory with batch_size={B}, sequence_length="
-                         f"{config.sequence_length}, patch_size={config.patch_size}, checkpointing={config.checkpointing}; "
-                         f"lower batch_size (and raise gradient_accumulation_steps), or --checkpointing=True") from None
+        raise ValueError(f"step {at['step']}: out of GPU memory with batch_size={B}, sequence_length={config.sequence_length}, "
+                         f"patch_size={config.patch_size}, checkpointing={config.checkpointing}; lower batch_size (and raise "
+                         f"gradient_accumulation_steps), or set --checkpointing=True") from None
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    again = f"python train.py --out_dir={config.out_dir} --init_from=resume"
-    say(f"stopped at step {at['step']}; go on: {again}" if at["step"] < config.max_steps else
-        f"done, best AP {at['best']:.4f}; see {config.out_dir}/curves.png; next: python eval.py --ckpt "
-        f"{config.out_dir}/best.pt")
+    say(f"stopped at step {at['step']}; go on: python train.py --out_dir={config.out_dir} --init_from=resume"
+        if at["step"] < config.max_steps else
+        f"done, best AP {at['best']:.4f}; see {path.curves}; next: python eval.py --ckpt {path.best}")
     return 130 if stop[0] == signal.SIGINT else 0
 
 
