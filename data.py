@@ -348,7 +348,7 @@ class TrainData(Dataset):
         if sampling not in ("stream", "random", "mixed"):
             raise ValueError(f"sampling={sampling!r}: expected stream, random or mixed")
         if min(sequence_length, batch_size, gradient_accumulation_steps, zoom_in_max, zoom_out_max) < 1 or seed < 0:
-            raise ValueError("sequence_length, batch_size, gradient_accumulation_steps, zoom_*_max begin at 1, seed at 0")
+            raise ValueError("sequence_length, batch_size, gradient_accumulation_steps, zoom_*_max from 1; seed from 0")
         if sampling == "mixed" and (batch_size < 2 or min(mixed_stream, mixed_random) <= 0):
             raise ValueError("sampling='mixed' needs batch_size >= 2 and mixed_stream, mixed_random > 0; or use stream")
         streams = batch_size if sampling == "stream" else 0

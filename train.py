@@ -228,8 +228,8 @@ def train(config, checkpoint=None):
     names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
     sequences, validation = (data.open_split(config.data_dir, split, len(names)) for split in ("train", "val"))
     if not min(config.small_threshold, config.medium_threshold):
-        small, medium = data.size_thresholds(sequences)
-        config.small_threshold, config.medium_threshold = config.small_threshold or small, config.medium_threshold or medium
+        for key, tercile in zip(("small_threshold", "medium_threshold"), data.size_thresholds(sequences)):
+            setattr(config, key, getattr(config, key) or tercile)
         check(config)
     groups, B = config.gradient_accumulation_steps, config.batch_size
     train_data = data.TrainData(sequences, rank=rank, world_size=world, **{
@@ -264,9 +264,8 @@ def train(config, checkpoint=None):
         "ckpt.pt", "best.pt", "log.csv", "config.py", "curves.png")})
     if rank == 0:
         if not checkpoint and os.path.exists(path.ckpt):
-            kept = f"{config.out_dir}-{time.strftime('%Y%m%d-%H%M%S')}"
-            os.rename(config.out_dir, kept)
-            say(f"the run that was in {config.out_dir} is in {kept} now")
+            os.rename(config.out_dir, older := f"{config.out_dir}-{time.strftime('%Y%m%d-%H%M%S')}")
+            say(f"the run that was in {config.out_dir} is in {older} now")
         os.makedirs(config.out_dir, exist_ok=True)
         write(path.config, lambda file: file.write(f"# python train.py {path.config}\n{dump(vars(config))}".encode()))
     say(f"{dump(vars(config))}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; attention in groups of "
@@ -334,10 +333,9 @@ def train(config, checkpoint=None):
             stop[0] = stop[0] or (signal.SIGTERM if asked else 0)
             # gradients that overflow float16 are the scaler's business; anything else that is not finite skips the step
             if math.isfinite(sum(values[:5])) and not lost and (math.isfinite(values[5]) or scaler.is_enabled()):
-                if config.grad_clip and config.grad_clip_by == "norm":
-                    torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-                elif config.grad_clip:
-                    torch.nn.utils.clip_grad_value_(parameters, config.grad_clip)
+                if config.grad_clip:
+                    clip = {"norm": torch.nn.utils.clip_grad_norm_, "value": torch.nn.utils.clip_grad_value_}
+                    clip[config.grad_clip_by](parameters, config.grad_clip)
                 scaler.step(optimizer)
                 scaler.update()
                 smoothed = 0.99 * at["smoothed"] + 0.01 * values[0] if at["smoothed"] else values[0]
@@ -353,22 +351,21 @@ def train(config, checkpoint=None):
             optimizer.zero_grad(set_to_none=True)
             bar.update()
             step = at["step"] = at["step"] + 1
-            for passed, why in (
-                    (at["bad"] >= config.max_bad_steps,
-                     f"{at['bad']} steps in a row were not finite; lower learning_rate, or use --dtype=float32"),
-                    (0 < config.patience <= at["above"],
-                     f"the loss diverged ({at['smoothed']:.3g}, its minimum was {at['lowest']:.3g}); lower learning_rate"),
-                    (0 < config.max_memory_gib < peak_gib(device),
-                     f"peak memory of {peak_gib(device):.2f} GiB passed max_memory_gib={config.max_memory_gib:g}; lower "
-                     f"batch_size or sequence_length, or set --checkpointing=True")):
-                if passed:
-                    raise ValueError(f"step {step}: {why}. The last checkpoint is kept: {path.ckpt}")
+            peak, kept = peak_gib(device), f"; {path.ckpt} is the last good one"
+            if at["bad"] >= config.max_bad_steps:
+                raise ValueError(f"step {step}: {at['bad']} steps in a row were not finite; lower learning_rate{kept}")
+            if 0 < config.patience <= at["above"]:
+                raise ValueError(f"step {step}: the loss diverged, from {at['lowest']:.3g} to {at['smoothed']:.3g}; lower "
+                                 f"learning_rate{kept}")
+            if 0 < config.max_memory_gib < peak:
+                raise ValueError(f"step {step}: peak memory of {peak:.2f} GiB passed max_memory_gib={config.max_memory_gib:g}; "
+                                 f"lower batch_size or sequence_length, or set --checkpointing=True{kept}")
             evaluate = step % config.eval_interval == 0 or step == config.max_steps
             if evaluate or step % config.log_interval == 0:
                 seconds, count = time.perf_counter() - started, max(at["count"], 1)
                 row = dict(step=step, **{key: round(x / count, 6) for key, x in zip(MEANS, at["sums"])}, lr=lr, AP="", AP50="",
                            frames_per_s=round(config.sequence_length * B * groups * world * at["count"] / seconds, 2),
-                           data_wait=round(waited / seconds, 3), peak_gib=round(peak_gib(device), 3))
+                           data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3))
                 at |= dict(sums=[0.0] * len(MEANS), count=0)
                 rows.append(row)
                 bar.set_postfix(loss=row["loss"], fps=row["frames_per_s"])
@@ -393,9 +390,9 @@ def train(config, checkpoint=None):
                 if rank == 0:
                     draw_curves(path.curves, rows)
     except torch.OutOfMemoryError:
-        raise ValueError(f"step {at['step']}: out of GPU memory with batch_size={B}, sequence_length={config.sequence_length}, "
-                         f"patch_size={config.patch_size}, checkpointing={config.checkpointing}; lower batch_size (and raise "
-                         f"gradient_accumulation_steps), or set --checkpointing=True") from None
+        raise ValueError(f"step {at['step']}: out of GPU memory with " + ", ".join(f"{key}={getattr(config, key)}" for key in (
+            "batch_size", "sequence_length", "patch_size", "checkpointing")) + "; lower batch_size (and raise "
+            "gradient_accumulation_steps), or set --checkpointing=True") from None
     finally:
         bar.close()
         for number, handler in handlers.items():
