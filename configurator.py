@@ -9,6 +9,7 @@ unless it starts with an underscore.
 
 import ast
 import difflib
+import importlib
 import os
 import sys
 
@@ -80,6 +81,14 @@ def configure(defaults, argv):
 def dump(config):
     """The config as Python source that `configure` reads back."""
     return "".join(f"{key} = {value!r}\n" for key, value in config.items())
+
+
+def optional(package, what):
+    """The module of an optional package; ValueError says what needs it and how to install it."""
+    try:
+        return importlib.import_module(package.replace("-", "_"))
+    except ImportError as error:
+        raise ValueError(f"{what} needs a package: pip install {package} ({error})") from error
 
 
 def command_line(main):

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from collections import namedtuple
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -76,15 +76,14 @@ class ModelConfig:
 @contextmanager
 def frozen_statistics(module):
     """Batch norms of `module` normalise by the batch as ever, but move a throw-away copy of their running statistics."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [dict(m._buffers) for m in norms]
-    for m in norms:
-        m._buffers.update({name: value.clone() for name, value in m._buffers.items()})
+    kept = [(norm, norm._buffers) for norm in module.modules() if hasattr(norm, "running_mean")]
+    for norm, buffers in kept:
+        norm._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
     try:
         yield
     finally:
-        for m, buffers in zip(norms, kept):
-            m._buffers.update(buffers)
+        for norm, buffers in kept:
+            norm._buffers = buffers
 
 
 def recompute(again, module, *args):
@@ -92,43 +91,26 @@ def recompute(again, module, *args):
     if not (again and torch.is_grad_enabled()):
         return module(*args)
     # a compiler recomputes without repeating mutations, and takes no contexts
-    contexts = {} if torch.compiler.is_compiling() else {
-        "context_fn": lambda: (nullcontext(), frozen_statistics(module))}
+    contexts = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), frozen_statistics(module))}
     return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
 # ---- backbone
 
-LAYOUT = {"window": "b (nh ph) (nw pw) c", "grid": "b (ph nh) (pw nw) c"}  # the only difference
+# groups of ph x pw tokens that attend to each other: neighbours, or tokens H / ph rows and W / pw columns apart
+LAYOUT = {"window": "b (nh ph) (nw pw) c", "grid": "b (ph nh) (pw nw) c"}
 GROUPS = "(b nh nw) (ph pw) c"
 
 
-def partition(x, part, mode):
-    """Cut a feature map into groups of tokens that attend to each other.
-
-    x (B, H, W, C), part = (ph, pw) tokens  ->  (B * H/ph * W/pw, ph * pw, C)
-    mode: "window" groups neighbours; "grid" groups tokens H/ph rows and W/pw columns apart.
-    ValueError if part does not divide (H, W). Source: MaxViT, arXiv 2204.01697.
-    """
-    B, H, W, C = x.shape
-    ph, pw = part
-    if H % ph or W % pw:
-        raise ValueError(f"partition: map {H}x{W} is not a multiple of part {ph}x{pw}; pad the frame first")
-    return rearrange(x, f"{LAYOUT[mode]} -> {GROUPS}", ph=ph, pw=pw)
-
-
-def unpartition(x, part, mode, hw):
-    """Inverse of `partition`: groups (G, ph * pw, C) -> map (B, H, W, C) with hw = (H, W)."""
-    ph, pw = part
-    return rearrange(x, f"{GROUPS} -> {LAYOUT[mode]}", ph=ph, pw=pw, nh=hw[0] // ph, nw=hw[1] // pw)
-
-
 class PartitionAttention(nn.Module):
-    """Self-attention and MLP inside windows or grids of a map (B, H, W, C), each with pre-norm, scale and residual."""
+    """Self-attention and MLP inside windows or grids of a map (B, H, W, C), each with pre-norm, scale and residual.
+
+    part = (ph, pw) divides (H, W). Source: MaxViT, arXiv 2204.01697.
+    """
 
     def __init__(self, dim, dim_head, part, mode, first_norm):
         super().__init__()
-        self.part, self.mode, self.dim_head = part, mode, dim_head
+        self.sizes, self.layout, self.dim_head = {"ph": part[0], "pw": part[1]}, LAYOUT[mode], dim_head
         self.norm1 = nn.LayerNorm(dim, eps=1e-5) if first_norm else nn.Identity()
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -143,11 +125,11 @@ class PartitionAttention(nn.Module):
         return self.proj(rearrange(x, "g heads n d -> g n (heads d)"))
 
     def forward(self, x):
-        hw = x.shape[1:3]
-        x = partition(x, self.part, self.mode)  # stays in groups through attention and MLP
+        groups = {"nh": x.shape[1] // self.sizes["ph"], "nw": x.shape[2] // self.sizes["pw"]}
+        x = rearrange(x, f"{self.layout} -> {GROUPS}", **self.sizes)  # stays in groups through attention and MLP
         x = x + self.scale1 * self.attend(self.norm1(x))
         x = x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return unpartition(x, self.part, self.mode, hw)
+        return rearrange(x, f"{GROUPS} -> {self.layout}", **self.sizes, **groups)
 
 
 class LSTMCell(nn.Module):
@@ -420,23 +402,6 @@ class Detector(nn.Module):
             following += [h, c]
         return [features[k - 1] for k in self.config.fpn_stages], following
 
-    def pyramid(self, features, state, index):
-        """Feature maps (T, B, C, H, W) -> pyramid maps (N, C, H, W) of the flat frames `index`, next attention state.
-
-        With attention for small objects every frame passes the pyramid, since the attention looks back in time.
-        """
-        TB, following = features[0].shape[:2], []
-        features = [f.flatten(0, 1) for f in features]
-        if not self.config.small_object_attention:
-            return self.fpn([f if index is None else f.index_select(0, index) for f in features]), following
-        features = self.fpn(features)
-        for level, module in enumerate(self.attention):
-            x, past = module(features[level].unflatten(0, TB), state[level] if state else None)
-            features[level] = x.flatten(0, 1)
-            following += [past] if state else []
-        features = [module(f) for module, f in zip(self.channel_attention, features)]
-        return [f if index is None else f.index_select(0, index) for f in features], following
-
     def forward(self, events, state=None, frames=None):
         """Predictions for the chosen frames and the state after the last frame.
 
@@ -451,21 +416,28 @@ class Detector(nn.Module):
             frames = frames.flatten().nonzero().flatten().to(events.device, non_blocking=True)
         state = self.initial_state(events.shape[1]) if state is None else state
         features, following = self.backbone(events, state)
-        features, past = self.pyramid(features, state[len(following):], frames)
+        TB, past = events.shape[:2], state[len(following):]
+        features = [f.flatten(0, 1) for f in features]
+        if self.config.small_object_attention:  # it looks back in time, so every frame passes the pyramid
+            features = self.fpn(features)
+            for level, module in enumerate(self.attention):
+                x, new = module(features[level].unflatten(0, TB), past[level] if past else None)
+                features[level] = x.flatten(0, 1)
+                following += [new] if past else []
+            features = [module(f) for module, f in zip(self.channel_attention, features)]
+        features = [f if frames is None else f.index_select(0, frames) for f in features]
+        features = features if self.config.small_object_attention else self.fpn(features)
         out = torch.cat([head(f) for head, f in zip(self.heads, features)], dim=1).float()  # (N, A, 4 + 1 + K)
         stride = self.grid[:, 2:]
         box = torch.cat(((out[..., :2] + self.grid[:, :2]) * stride, out[..., 2:4].exp() * stride), dim=-1)
-        return Prediction(box, out[..., 4], out[..., 5:], self.grid), following + past
+        return Prediction(box, out[..., 4], out[..., 5:], self.grid), following
 
 
 def keep_buffers():
     """Let glibc reuse large buffers: by default each big tensor on a CPU goes back to the kernel and is paged in anew."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        pass  # not glibc
+    with suppress(OSError, AttributeError):  # another libc
+        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 # ---- checkpoints

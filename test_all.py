@@ -138,14 +138,15 @@ def test_padding_partition_and_strides_follow_rvts_rule(hw, patch, padded, part,
     assert (config.padded_hw, config.part, config.strides) == (padded, part, strides)
 
 
-def test_partition_groups_neighbours_or_a_grid_and_is_undone():
-    x = torch.arange(24).view(1, 4, 6, 1)
-    assert model.partition(x, (2, 3), "window")[0, :, 0].tolist() == [0, 1, 2, 6, 7, 8]
-    assert model.partition(x, (2, 3), "grid")[0, :, 0].tolist() == [0, 2, 4, 12, 14, 16]
-    for mode in ("window", "grid"):
-        assert torch.equal(model.unpartition(model.partition(x, (2, 3), mode), (2, 3), mode, (4, 6)), x)
-    with pytest.raises(ValueError, match="not a multiple"):
-        model.partition(x, (3, 3), "grid")
+@pytest.mark.parametrize("mode, want", [("window", {(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)}),
+                                        ("grid", {(0, 0), (0, 2), (0, 4), (2, 0), (2, 2), (2, 4)})])
+def test_attention_joins_neighbours_or_a_grid(mode, want):
+    torch.manual_seed(0)
+    block, x = model.PartitionAttention(8, 4, (2, 3), mode, True).double(), torch.randn(1, 4, 6, 8, dtype=torch.double)
+    changed = x.clone()
+    changed[0, 0, 0, 0] += 1
+    moved = (block(x) != block(changed)).any(-1)[0].nonzero().tolist()
+    assert {tuple(place) for place in moved} == want
 
 
 def test_lstm_cell_by_hand():
@@ -777,7 +778,7 @@ def test_poisoned_weights_end_the_run(traffic, tmp_path):
 
 def test_a_diverging_loss_or_too_much_memory_ends_the_run(traffic, tmp_path):
     argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=30"]
-    with pytest.raises(ValueError, match="max_memory_gib=0.01.*checkpointing"):
+    with pytest.raises(ValueError, match="passed max_memory_gib.*checkpointing"):
         train.main([*argv, "--max_memory_gib=0.01"])
     with pytest.raises(ValueError, match="diverged"):
         train.main([*argv, "--max_loss_ratio=0.5", "--patience=3"])

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from configurator import command_line, configure, dump
+from configurator import command_line, configure, dump, optional
 from loss import SizeAware, detection_loss
 from model import Detector, ModelConfig, keep_buffers, load_rvt, load_weights, read_checkpoint, reset_state
 from simulate import ensure_toy
@@ -87,24 +87,23 @@ defaults |= {field.name: field.default for field in dataclasses.fields(ModelConf
 
 LOSSES = ("loss", "iou", "obj", "cls", "num_fg")
 MEANS = (*LOSSES, "grad_norm")  # logged as means over an interval
+MEMORY = "lower batch_size (and raise gradient_accumulation_steps) or sequence_length, or set --checkpointing=True"
 COLUMNS = ("step", *MEANS, "lr", "AP", "AP50", "frames_per_s", "data_wait", "peak_gib")
 
 
 def check(config):
     """ValueError for values that cannot work together, before any work is done."""
-    known = dict(weight_type=("exponential", "linear", "step"), grad_clip_by=("value", "norm"),
-                 dtype=("auto", "float32", "bfloat16", "float16"))
+    known = {"weight_type": ("exponential", "linear", "step"), "grad_clip_by": ("value", "norm"),
+             "dtype": ("auto", "float32", "bfloat16", "float16")}
     for key, value in vars(config).items():
-        if key in known and value not in known[key]:
+        if value not in known.get(key, [value]):
             raise ValueError(f"{key}={value!r}: expected {' or '.join(known[key])}")
-        if key in ("max_steps", "max_bad_steps", "eval_batch_size", "size_aware_weight") or key.endswith("_interval"):
-            if value < 1:
-                raise ValueError(f"{key}={value}: expected at least 1")
-    if not config.size_aware_terms or set(config.size_aware_terms) - {"iou", "cls"}:
+        if (key.endswith("_interval") or key in ("max_steps", "max_bad_steps", "eval_batch_size", "size_aware_weight")) and value < 1:
+            raise ValueError(f"{key}={value}: expected at least 1")
+    if not set() < set(config.size_aware_terms) <= {"iou", "cls"}:
         raise ValueError(f"size_aware_terms={config.size_aware_terms}: expected iou, cls or both")
-    if min(config.small_threshold, config.medium_threshold) and config.small_threshold >= config.medium_threshold:
-        raise ValueError(f"small_threshold={config.small_threshold:g} must be below medium_threshold="
-                         f"{config.medium_threshold:g} (areas in input pixels^2; 0: taken from the data)")
+    if 0 < config.medium_threshold <= config.small_threshold:
+        raise ValueError(f"small_threshold={config.small_threshold:g} is not below medium_threshold={config.medium_threshold:g}")
 
 
 def learning_rate_at(step, max_steps, peak):
@@ -118,11 +117,11 @@ def learning_rate_at(step, max_steps, peak):
     return peak + (peak / 10_000 - peak) * (step - top) / max(max_steps - 1 - top, 1)
 
 
-def write(path, save):
-    """Call save(file) on a temporary file, flush and rename it: `path` is whole, old or new, whatever happens."""
+def write(path, contents):
+    """Text, or what torch.save takes, to a temporary file, flushed and renamed: `path` is whole, old or new, always."""
     try:
         with open(f"{path}.tmp", "wb") as file:
-            save(file)
+            file.write(contents.encode()) if isinstance(contents, str) else torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
@@ -133,13 +132,13 @@ def write(path, save):
 def draw_curves(path, rows):
     """Losses, validation scores and the health of the run over the steps of the log's `rows`, as a picture."""
     from matplotlib.figure import Figure
-    figure = Figure((15, 4), layout="constrained")
     panels = {"training loss": LOSSES[:4], "validation, class mean, all boxes": ("AP", "AP50"),
               "gradient norm, matched anchors per box": ("grad_norm", "num_fg")}
+    figure = Figure((15, 4), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items()):
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if row[key] != ""]
-            axes.plot(*zip(*points) if points else ((), ()), "o-" if "AP" in keys else "-", label=key)
+            axes.plot([x for x, _ in points], [y for _, y in points], ".-", label=key)
         axes.set(title=title, xlabel="step", yscale="linear" if "AP" in keys else "log")
         axes.legend()
     figure.savefig(path, dpi=80)
@@ -154,15 +153,13 @@ def peak_gib(device):
 
 def resolve_device(config):
     """(device, dtype) of config's "auto"; ValueError where the machine has no such device."""
-    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={config.device!r}: this machine, or this torch, has no CUDA; use --device=cpu")
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
-    if config.dtype != "auto":
-        return device, getattr(torch, config.dtype)
-    if device.type != "cuda":
-        return device, torch.float32
-    return device, torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    name, index = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"), os.environ.get("LOCAL_RANK")
+    if name.partition(":")[0] not in ("cpu", "cuda") or "cuda" in name and not torch.cuda.is_available():
+        raise ValueError(f"device={config.device!r}: expected auto, cpu or, where this machine and torch have CUDA, cuda")
+    device = torch.device(f"cuda:{index}" if name == "cuda" and index else name)
+    fast = torch.bfloat16 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    fast = fast if device.type == "cuda" else torch.float32
+    return device, fast if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def build(config, input_hw, num_classes, checkpoint):
@@ -170,16 +167,15 @@ def build(config, input_hw, num_classes, checkpoint):
     if config.input_hw not in ((0, 0), input_hw):
         raise ValueError(f"input_hw={config.input_hw}, but the frames of {config.data_dir} are {input_hw}; leave it out")
     keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
-    keys |= dict(input_hw=input_hw, num_classes=num_classes)
+    keys |= {"input_hw": input_hw, "num_classes": num_classes}
     found = checkpoint or (read_checkpoint(config.init_from) if config.init_from != "scratch" else {})
-    if "state_dict" in found:
-        told = {key: keys[key] for key in ("input_hw", "partition_split", "dim_head", "checkpointing")}
-        model = load_rvt(config.init_from, **told)
-        if model.config.num_classes != num_classes:
-            raise ValueError(f"{config.init_from}: {model.config.num_classes} classes, but the data has {num_classes}")
-        return model
-    model = Detector(ModelConfig(**keys))
-    return load_weights(model, found["model"], config.init_from) if found else model
+    if "state_dict" not in found:
+        model = Detector(ModelConfig(**keys))
+        return load_weights(model, found["model"], config.init_from) if found else model
+    model = load_rvt(config.init_from, **{key: keys[key] for key in ("input_hw", "partition_split", "dim_head", "checkpointing")})
+    if model.config.num_classes != num_classes:
+        raise ValueError(f"{config.init_from}: has {model.config.num_classes} classes, but the data {num_classes}")
+    return model
 
 
 class Forward(torch.nn.Module):
@@ -194,15 +190,6 @@ class Forward(torch.nn.Module):
         return detection_loss(prediction, targets, self.size_aware), [s.detach() for s in state]
 
 
-def start_wandb(config):
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("wandb_log=True needs a package: pip install wandb") from None
-    return wandb.init(project=config.wandb_project, group=config.wandb_group or None, name=config.wandb_run_name,
-                      config=vars(config))
-
-
 def train(config, checkpoint=None):
     """Run the training of `config` (a namespace with the keys of `defaults`), from `checkpoint` if one is resumed.
 
@@ -211,10 +198,11 @@ def train(config, checkpoint=None):
     check(config)
     keep_buffers()
     device, dtype = resolve_device(config)
-    cuda, rank, world = device.type == "cuda", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out, cuda = config.out_dir, device.type == "cuda"
+    rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # TF32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     say = tqdm.write if rank == 0 else lambda text: None
@@ -243,6 +231,7 @@ def train(config, checkpoint=None):
     parameters = list(model.parameters())
     statistics = [buffer for name, buffer in model.named_buffers() if name != "grid"]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=cuda)
+    clip = torch.nn.utils.clip_grad_norm_ if config.grad_clip_by == "norm" else torch.nn.utils.clip_grad_value_
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward = Forward(model, SizeAware(config.weight_type, config.size_aware_weight, config.small_threshold,
                                        config.medium_threshold, config.size_aware_terms) if config.size_aware_loss else None)
@@ -256,33 +245,32 @@ def train(config, checkpoint=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         at, rows, streams = checkpoint["progress"], checkpoint["log"], checkpoint["states"]
-        had, now = (len(streams), len(streams[0]), len(streams[0][0][0])), (world, groups, B)
-        if had != now:
-            raise ValueError(f"resume: processes, accumulation and batch_size were {had} and are {now}; keep them")
+        if (had := (len(streams), len(streams[0]), len(streams[0][0][0]))) != (world, groups, B):
+            raise ValueError(f"resume: processes, accumulation, batch_size were {had}, are {world, groups, B}; keep them")
         states = [[s.to(device) for s in state] for state in streams[rank]]
-    path = SimpleNamespace(**{name.split(".")[0]: os.path.join(config.out_dir, name) for name in (
-        "ckpt.pt", "best.pt", "log.csv", "config.py", "curves.png")})
     if rank == 0:
-        if not checkpoint and os.path.exists(path.ckpt):
-            os.rename(config.out_dir, older := f"{config.out_dir}-{time.strftime('%Y%m%d-%H%M%S')}")
-            say(f"the run that was in {config.out_dir} is in {older} now")
-        os.makedirs(config.out_dir, exist_ok=True)
-        write(path.config, lambda file: file.write(f"# python train.py {path.config}\n{dump(vars(config))}".encode()))
+        if not checkpoint and os.path.exists(f"{out}/ckpt.pt"):
+            os.rename(out, older := f"{out}-{time.strftime('%Y%m%d-%H%M%S')}")
+            say(f"the run that was in {out} is in {older} now")
+        os.makedirs(out, exist_ok=True)
+        write(f"{out}/config.py", f"# python train.py {out}/config.py\n{dump(vars(config))}")
     say(f"{dump(vars(config))}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; attention in groups of "
         f"{model.config.part} tokens at {model.config.padded_hw}; strides {model.config.strides}; {len(sequences)} sequences, "
         f"{train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
-    wandb = start_wandb(config) if config.wandb_log and rank == 0 else None
+    wandb = optional("wandb", "wandb_log=True") if config.wandb_log and rank == 0 else None
+    if wandb:
+        wandb.init(project=config.wandb_project, group=config.wandb_group, name=config.wandb_run_name, config=vars(config))
 
-    def save(file_path):
+    def save(name):
         """Everything that the run is, gathered from all processes, written by the first."""
         streams = [states] * world
         if world > 1:
             dist.all_gather_object(streams, [[s.cpu() for s in state] for state in states])
-        contents = dict(model=model.state_dict(), model_config=dataclasses.asdict(model.config), config=vars(config),
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=at["step"], progress=at,
-                        states=streams, log=rows, rng=torch.get_rng_state())
         if rank == 0:
-            write(file_path, lambda file: torch.save(contents, file))
+            write(f"{out}/{name}", dict(
+                model=model.state_dict(), model_config=dataclasses.asdict(model.config), config=vars(config), step=at["step"],
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), progress=at, states=streams, log=rows,
+                rng=torch.get_rng_state()))
 
     stop = [0]  # the signal that asks for it
 
@@ -295,13 +283,11 @@ def train(config, checkpoint=None):
     if checkpoint:
         torch.set_rng_state(checkpoint["rng"])  # after the loader, which draws from it
     bar = tqdm(total=config.max_steps, initial=at["step"], disable=rank > 0, unit="step", dynamic_ncols=True, mininterval=1)
-    started, waited = time.perf_counter(), 0.0
+    step, started, waited = at["step"], time.perf_counter(), 0.0
     model.train()
     try:
-        while at["step"] < config.max_steps and not stop[0]:
-            lr = learning_rate_at(at["step"], config.max_steps, config.learning_rate)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        while step < config.max_steps and not stop[0]:
+            optimizer.param_groups[0]["lr"] = lr = learning_rate_at(step, config.max_steps, config.learning_rate)
             before, states_before = [buffer.clone() for buffer in statistics], list(states)
             sums = torch.zeros(len(MEANS) + 2, device=device)  # ..., states that are not finite, processes asked to stop
             for a in range(groups):
@@ -309,18 +295,17 @@ def train(config, checkpoint=None):
                 batch = next(loader)
                 waited += time.perf_counter() - waiting
                 index = batch.frames.flatten().nonzero().flatten()
-                events, flips, zooms, is_first, targets, index = (x.to(device, non_blocking=True) for x in (
-                    batch.events, batch.rows, batch.cols, batch.is_first, batch.targets, index))
+                events, columns, lines, is_first, targets, index = (x.to(device, non_blocking=True) for x in (
+                    batch.events, batch.cols, batch.rows, batch.is_first, batch.targets, index))
                 for tensor in (index, targets) if compiled else ():
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                events, state = data.augment(events, flips, zooms), reset_state(states[a], is_first)
+                events, state = data.augment(events, lines, columns), reset_state(states[a], is_first)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     losses, states[a] = forward(events, state, index, targets)
                 # a batch without boxes still runs everything, and weighs nothing
                 scaler.scale(losses["loss"] * (batch.has_boxes / groups)).backward()
                 sums[:5] += torch.stack([losses[key].detach() for key in LOSSES]) / groups
                 sums[6] += sum((~s.isfinite()).any() for s in states[a])
-            scaler.unscale_(optimizer)
             gradients = [p.grad for p in parameters]
             if world > 1:
                 sums[7] = float(stop[0] > 0)
@@ -328,16 +313,15 @@ def train(config, checkpoint=None):
                 dist.all_reduce(flat)
                 *means, sums = (flat / world).split([x.numel() for x in (*gradients, sums)])
                 torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in zip(means, gradients)])
+            scaler.unscale_(optimizer)  # what one process overflows, all skip
             sums[5] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             *values, lost, asked = sums.tolist()  # the one synchronisation of a step
             stop[0] = stop[0] or (signal.SIGTERM if asked else 0)
             # gradients that overflow float16 are the scaler's business; anything else that is not finite skips the step
             if math.isfinite(sum(values[:5])) and not lost and (math.isfinite(values[5]) or scaler.is_enabled()):
                 if config.grad_clip:
-                    clip = {"norm": torch.nn.utils.clip_grad_norm_, "value": torch.nn.utils.clip_grad_value_}
-                    clip[config.grad_clip_by](parameters, config.grad_clip)
+                    clip(parameters, config.grad_clip)
                 scaler.step(optimizer)
-                scaler.update()
                 smoothed = 0.99 * at["smoothed"] + 0.01 * values[0] if at["smoothed"] else values[0]
                 above = at["above"] + 1 if smoothed > config.max_loss_ratio * at["lowest"] else 0
                 at |= dict(bad=0, smoothed=smoothed, lowest=min(at["lowest"], smoothed), above=above, count=at["count"] + 1,
@@ -345,27 +329,26 @@ def train(config, checkpoint=None):
             else:
                 at["bad"] += 1
                 wrong = [name for name, value in zip(MEANS, values) if not math.isfinite(value)] + ["state"] * bool(lost)
-                say(f"step {at['step']}: {', '.join(wrong)} not finite, skipped ({at['bad']} in a row)")
+                say(f"step {step}: {', '.join(wrong)} not finite, skipped ({at['bad']} in a row)")
                 torch._foreach_copy_(statistics, before)
                 states = states_before
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             bar.update()
             step = at["step"] = at["step"] + 1
-            peak, kept = peak_gib(device), f"; {path.ckpt} is the last good one"
+            peak, kept = peak_gib(device), f"; {out}/ckpt.pt is the last good one"
             if at["bad"] >= config.max_bad_steps:
                 raise ValueError(f"step {step}: {at['bad']} steps in a row were not finite; lower learning_rate{kept}")
             if 0 < config.patience <= at["above"]:
-                raise ValueError(f"step {step}: the loss diverged, from {at['lowest']:.3g} to {at['smoothed']:.3g}; lower "
-                                 f"learning_rate{kept}")
+                raise ValueError(f"step {step}: the loss diverged to {at['smoothed']:.3g}; lower learning_rate{kept}")
             if 0 < config.max_memory_gib < peak:
-                raise ValueError(f"step {step}: peak memory of {peak:.2f} GiB passed max_memory_gib={config.max_memory_gib:g}; "
-                                 f"lower batch_size or sequence_length, or set --checkpointing=True{kept}")
+                raise ValueError(f"step {step}: peak memory of {peak:.2f} GiB passed max_memory_gib; {MEMORY}{kept}")
             evaluate = step % config.eval_interval == 0 or step == config.max_steps
             if evaluate or step % config.log_interval == 0:
-                seconds, count = time.perf_counter() - started, max(at["count"], 1)
-                row = dict(step=step, **{key: round(x / count, 6) for key, x in zip(MEANS, at["sums"])}, lr=lr, AP="", AP50="",
-                           frames_per_s=round(config.sequence_length * B * groups * world * at["count"] / seconds, 2),
-                           data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3))
+                seconds, frames = time.perf_counter() - started, config.sequence_length * B * groups * world * at["count"]
+                row = {key: round(x / max(at["count"], 1), 6) for key, x in zip(MEANS, at["sums"])}
+                row |= dict(step=step, lr=lr, AP="", AP50="", frames_per_s=round(frames / seconds, 2),
+                            data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3))
                 at |= dict(sums=[0.0] * len(MEANS), count=0)
                 rows.append(row)
                 bar.set_postfix(loss=row["loss"], fps=row["frames_per_s"])
@@ -378,28 +361,26 @@ def train(config, checkpoint=None):
                     say(f"step {step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (validation, class mean, all boxes)")
                 if rank == 0:
                     table = [COLUMNS, *([row[key] for key in COLUMNS] for row in rows)]
-                    write(path.log, lambda file: file.write("".join(",".join(map(str, x)) + "\n" for x in table).encode()))
+                    write(f"{out}/log.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
                 if wandb:
                     wandb.log({key: x for key, x in row.items() if x != ""}, step=step)
                 if evaluate and row["AP"] > at["best"]:
                     at["best"] = row["AP"]
-                    save(path.best)
+                    save("best.pt")
                 started, waited = time.perf_counter(), 0.0
             if evaluate or stop[0] or step % config.checkpoint_interval == 0:
-                save(path.ckpt)
+                save("ckpt.pt")
                 if rank == 0:
-                    draw_curves(path.curves, rows)
+                    draw_curves(f"{out}/curves.png", rows)
     except torch.OutOfMemoryError:
-        raise ValueError(f"step {at['step']}: out of GPU memory with " + ", ".join(f"{key}={getattr(config, key)}" for key in (
-            "batch_size", "sequence_length", "patch_size", "checkpointing")) + "; lower batch_size (and raise "
-            "gradient_accumulation_steps), or set --checkpointing=True") from None
+        used = [f"{key}={getattr(config, key)}" for key in ("batch_size", "sequence_length", "patch_size", "checkpointing")]
+        raise ValueError(f"step {step}: out of GPU memory with {', '.join(used)}; {MEMORY}") from None
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    say(f"stopped at step {at['step']}; go on: python train.py --out_dir={config.out_dir} --init_from=resume"
-        if at["step"] < config.max_steps else
-        f"done, best AP {at['best']:.4f}; see {path.curves}; next: python eval.py --ckpt {path.best}")
+    say(f"best AP {at['best']:.4f}; see {out}/curves.png; next: python eval.py --ckpt {out}/best.pt" if step == config.max_steps
+        else f"stopped at step {step}; go on: python train.py --out_dir={out} --init_from=resume")
     return 130 if stop[0] == signal.SIGINT else 0
 
 
