@@ -12,69 +12,62 @@ import difflib
 import importlib
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 
-def literal(text, default):
-    """Value of a command-line text, read as the type of `default`: a tuple also as comma-separated words."""
-    if isinstance(default, str):
-        return text
-    try:
-        value = ast.literal_eval(text.title() if text.lower() in ("true", "false") else text or "()")
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(default, tuple) and not isinstance(value, (tuple, list)):
-        value = tuple(word.strip() for word in text.split(",")) if isinstance(value, str) else (value,)
-    return value
+def value_of(key, value, defaults, where, text=False):
+    """Value for `key`, of the type of its default: ints widen to floats; from `text`, words with commas make a tuple.
 
-
-def checked(key, value, defaults, where):
-    """Value for `key`, ints widened to floats and lists to tuples; ValueError names an unknown key or a wrong type."""
+    ValueError names an unknown key, with the nearest known one, or a value of another type.
+    """
     if key not in defaults:
         near = difflib.get_close_matches(key, defaults, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(defaults))}"
-        raise ValueError(f"{where}: unknown key {key!r}; {hint}")
-    want = type(defaults[key])
-    if want is float and type(value) is int:
-        value = float(value)
-    if want is tuple and type(value) is list:
-        value = tuple(value)
+        raise ValueError(f"{where}: unknown key {key!r}; " + (f"did you mean {near[0]}?" if near else
+                                                             f"known keys: {', '.join(sorted(defaults))}"))
+    want, given = type(defaults[key]), value
+    if text and want is not str:
+        with suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value.title() if value.lower() in ("true", "false") else value or "()")
+        if want is tuple and not isinstance(value, (tuple, list)):
+            value = tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else (value,)
+    if (type(value), want) in ((int, float), (list, tuple)):
+        value = want(value)
     if type(value) is not want:
-        raise ValueError(f"{where}: {key}={value!r} is a {type(value).__name__}, expected a {want.__name__} "
-                         f"like {defaults[key]!r}")
+        raise ValueError(f"{where}: {key}={given!r} is no {want.__name__} like {defaults[key]!r}")
     return value
 
 
 def configure(defaults, argv):
     """Overridden copy of `defaults`: config files and --key=value / --key value apply in the order of `argv`.
 
-    ValueError: a file that is missing or fails, an unknown key (the nearest known one is named), a wrong type.
+    ValueError: a file that is missing or fails, an unknown key, a wrong type, a value that is missing.
     """
     config, argv = dict(defaults), list(argv)
     while argv:
         word = argv.pop(0)
         if word in ("-h", "--help"):
             sys.exit(f"{sys.modules['__main__'].__doc__}\nkeys and defaults:\n{dump(defaults)}")
-        if not word.startswith("--"):
-            if not os.path.isfile(word):
-                raise ValueError(f"{word}: no such config file; options are written --key=value")
-            names = dict(config)  # a file may compute with what is set so far
-            try:
-                with open(word, encoding="utf-8") as file:
-                    exec(compile(file.read(), word, "exec"), names)
-            except Exception as error:
-                raise ValueError(f"{word}: this config file fails with {type(error).__name__}: {error}") from error
-            for key, value in names.items():
-                if not key.startswith("_") and (key not in config or value is not config[key]):
-                    config[key] = checked(key, value, defaults, word)
+        if word.startswith("--"):
+            key, given, text = word[2:].partition("=")
+            if key in defaults and not given and (not argv or argv[0].startswith("--")):
+                if not isinstance(defaults[key], bool):
+                    raise ValueError(f"command line: --{key} has no value; write --{key}=VALUE")
+                text = "True"
+            elif key in defaults and not given:
+                text = argv.pop(0)
+            config[key] = value_of(key, text, defaults, "command line", text=True)
             continue
-        key, given, text = word[2:].partition("=")
-        if key in defaults and not given and (not argv or argv[0].startswith("--")):
-            if not isinstance(defaults[key], bool):
-                raise ValueError(f"command line: --{key} has no value; write --{key}=VALUE")
-            text = "True"
-        elif key in defaults and not given:
-            text = argv.pop(0)
-        config[key] = checked(key, literal(text, defaults.get(key, "")), defaults, "command line")
+        names = dict(config)  # a file may compute with what is set so far
+        try:
+            exec(compile(Path(word).read_bytes(), word, "exec"), names)
+        except OSError:
+            raise ValueError(f"{word}: no such config file; options are written --key=value") from None
+        except Exception as error:
+            raise ValueError(f"{word}: this config file fails with {type(error).__name__}: {error}") from error
+        for key, value in names.items():
+            if key[0] != "_" and (key not in config or value is not config[key]):
+                config[key] = value_of(key, value, defaults, word)
     return config
 
 

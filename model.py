@@ -44,13 +44,13 @@ class ModelConfig:
     def __post_init__(self):
         self.input_hw, self.fpn_stages = tuple(self.input_hw), tuple(self.fpn_stages)
         if self.fpn_stages not in [tuple(range(low, high + 1)) for low in (1, 2, 3) for high in range(low + 1, 5)]:
-            raise ValueError(f"fpn_stages={self.fpn_stages}: expected 2 to 4 neighbours, finest first, like (1, 2, 3, 4)")
+            raise ValueError(f"fpn_stages={self.fpn_stages}: expected 2 to 4 neighbours, finest first, like (2, 3, 4)")
         if self.patch_size not in (2, 3, 4) or self.partition_split < 0:
-            raise ValueError(f"patch_size={self.patch_size}, partition_split={self.partition_split}: expected a patch_size of "
-                             f"2, 3 or 4, and a partition_split of 1, 2, ..., or 0 for the default rule")
+            raise ValueError(f"patch_size={self.patch_size}, partition_split={self.partition_split}: expected a patch "
+                             f"size of 2, 3 or 4 and a split of 1, 2, ..., or 0 for the default rule")
         if self.embed_dim < 8 or self.embed_dim % 8 or self.dim_head < 1 or self.embed_dim % self.dim_head:
-            raise ValueError(f"embed_dim={self.embed_dim}, dim_head={self.dim_head}: expected embed_dim to be a multiple of "
-                             f"8 and of dim_head, like 64 and 32, or 48 and 24")
+            raise ValueError(f"embed_dim={self.embed_dim}, dim_head={self.dim_head}: expected an embed_dim that is a "
+                             f"multiple of 8 and of dim_head, like 64 and 32, or 48 and 24")
 
     @property
     def strides(self):
@@ -75,7 +75,7 @@ class ModelConfig:
 
 @contextmanager
 def frozen_statistics(module):
-    """Batch norms of `module` normalise by the batch as ever, but move a throw-away copy of their running statistics."""
+    """Batch norms of `module` normalise by the batch as ever, but move a copy of their running statistics."""
     kept = [(norm, norm._buffers) for norm in module.modules() if hasattr(norm, "running_mean")]
     for norm, buffers in kept:
         norm._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -91,8 +91,10 @@ def recompute(again, module, *args):
     if not (again and torch.is_grad_enabled()):
         return module(*args)
     # a compiler recomputes without repeating mutations, and takes no contexts
-    contexts = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), frozen_statistics(module))}
-    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    if not torch.compiler.is_compiling():
+        options["context_fn"] = lambda: (nullcontext(), frozen_statistics(module))
+    return checkpoint(module, *args, **options)
 
 
 # ---- backbone
@@ -392,7 +394,8 @@ class Detector(nn.Module):
             raise ValueError(f"event frames are {H}x{W} but this detector was built for "
                              f"{self.config.input_hw[0]}x{self.config.input_hw[1]} (input_hw)")
         device, (padded_h, padded_w) = events.device.type, self.config.padded_hw
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.stages[0].norm.weight.dtype
+        dtype = self.stages[0].norm.weight.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         x = F.pad(events.flatten(0, 1), (0, padded_w - W, 0, padded_h - H))
         x = x.to(dtype, memory_format=torch.channels_last).unflatten(0, (T, B))
         features, following = [], []
@@ -434,7 +437,7 @@ class Detector(nn.Module):
 
 
 def keep_buffers():
-    """Let glibc reuse large buffers: by default each big tensor on a CPU goes back to the kernel and is paged in anew."""
+    """Let glibc reuse large buffers: else each big tensor on a CPU goes back to the kernel and is paged in anew."""
     with suppress(OSError, AttributeError):  # another libc
         for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
@@ -451,10 +454,11 @@ def read_checkpoint(path):
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for damaged files
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint, or truncated" if not culprit else (
-            f"holds more than weights ({culprit[1]}) and is not loaded, since that could run code. If you trust its source, "
-            f"convert it once: python -c \"import torch; c = torch.load('{path}', weights_only=False); "
-            f"torch.save({{'state_dict': c['state_dict']}}, 'converted.ckpt')\"")
+        what = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint, or truncated"
+        if culprit:
+            what = (f"holds more than weights ({culprit[1]}) and is not loaded, since that could run code. If you "
+                    f"trust its source, convert it once: python -c \"import torch; c = torch.load('{path}', weights_only="
+                    f"False); torch.save({{'state_dict': c['state_dict']}}, 'converted.ckpt')\"")
         raise ValueError(f"{path}: {what}") from error
     if not isinstance(found, dict) or not {"model", "model_config"} <= found.keys() and "state_dict" not in found:
         raise ValueError(f"{path}: a file of torch, but no checkpoint of nanoRVT or RVT (no 'model' or 'state_dict')")
@@ -486,7 +490,7 @@ def load_weights(model, weights, where):
 
 
 def load_rvt(path, **overrides):
-    """Detector with the weights of a Lightning checkpoint of RVT or its eTraM fork; RVT's name for each is mapped to ours.
+    """Detector with the weights of a Lightning checkpoint of RVT or its eTraM fork, under our names.
 
     embed_dim, patch_size, fpn_depth and num_classes are read off the weights; input_hw, partition_split and dim_head
     come as overrides, since no weight tells them. ValueError names every weight that is unmatched.

@@ -560,7 +560,7 @@ def test_config_files_and_options_apply_in_order_and_the_result_runs_again(tmp_p
 
 
 @pytest.mark.parametrize("text, word", [
-    ("batchsize = 3", "batch_size"), ("batch_size = 2.5", "expected a int"), ("batch_size = True", "bool"),
+    ("batchsize = 3", "batch_size"), ("batch_size = 2.5", "no int"), ("batch_size = True", "no int"),
     ("fpn_stages = 3", "fpn_stages"), ("out_dir = 3", "out_dir"), ("x = (", "SyntaxError"), ("1 / 0", "ZeroDivision")])
 def test_a_mistake_in_a_config_file_is_named(tmp_path, text, word):
     (tmp_path / "c.py").write_text(text)
@@ -786,7 +786,7 @@ def test_a_diverging_loss_or_too_much_memory_ends_the_run(traffic, tmp_path):
 
 @pytest.mark.parametrize("option, word", [
     ("--fpn_stages=2,4", "fpn_stages"), ("--sequence_length=0", "sequence_length"), ("--max_steps=0", "max_steps"),
-    ("--class_names=a,b --num_classes=3", "class_names"), ("--num_classes=3", "num_classes"), ("--data_dir=nowhere", "nowhere"),
+    ("--class_names=a,b --num_classes=3", "class"), ("--num_classes=3", "num_classes"), ("--data_dir=nowhere", "nowhere"),
     ("--weight_type=cubic", "weight_type"), ("--small_threshold=9999", "small_threshold"), ("--dtype=int8", "dtype"),
     ("--device=cuda:0", "device|CUDA"), ("--init_from=missing.pt", "missing.pt"), ("--learning_rat=1", "learning_rate"),
     ("--size_aware_terms=iou,box", "size_aware_terms"), ("--input_hw=10,10", "input_hw"), ("--sampling=some", "sampling")])

@@ -95,15 +95,16 @@ def check(config):
     """ValueError for values that cannot work together, before any work is done."""
     known = {"weight_type": ("exponential", "linear", "step"), "grad_clip_by": ("value", "norm"),
              "dtype": ("auto", "float32", "bfloat16", "float16")}
+    counts = ("max_steps", "max_bad_steps", "eval_batch_size", "size_aware_weight")
     for key, value in vars(config).items():
         if value not in known.get(key, [value]):
             raise ValueError(f"{key}={value!r}: expected {' or '.join(known[key])}")
-        if (key.endswith("_interval") or key in ("max_steps", "max_bad_steps", "eval_batch_size", "size_aware_weight")) and value < 1:
+        if (key in counts or key.endswith("_interval")) and value < 1:
             raise ValueError(f"{key}={value}: expected at least 1")
     if not set() < set(config.size_aware_terms) <= {"iou", "cls"}:
         raise ValueError(f"size_aware_terms={config.size_aware_terms}: expected iou, cls or both")
     if 0 < config.medium_threshold <= config.small_threshold:
-        raise ValueError(f"small_threshold={config.small_threshold:g} is not below medium_threshold={config.medium_threshold:g}")
+        raise ValueError(f"small_threshold={config.small_threshold:g}, not below medium_threshold, {config.medium_threshold:g}")
 
 
 def learning_rate_at(step, max_steps, peak):
@@ -153,29 +154,37 @@ def peak_gib(device):
 
 def resolve_device(config):
     """(device, dtype) of config's "auto"; ValueError where the machine has no such device."""
-    name, index = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"), os.environ.get("LOCAL_RANK")
-    if name.partition(":")[0] not in ("cpu", "cuda") or "cuda" in name and not torch.cuda.is_available():
-        raise ValueError(f"device={config.device!r}: expected auto, cpu or, where this machine and torch have CUDA, cuda")
-    device = torch.device(f"cuda:{index}" if name == "cuda" and index else name)
-    fast = torch.bfloat16 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    fast = fast if device.type == "cuda" else torch.float32
-    return device, fast if config.dtype == "auto" else getattr(torch, config.dtype)
+    cuda, index = torch.cuda.is_available(), os.environ.get("LOCAL_RANK")
+    name = config.device.replace("auto", "cuda" if cuda else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"[:4 * cuda]):
+        raise ValueError(f"device={config.device!r}: expected auto, cpu or, where machine and torch have CUDA, cuda")
+    device, dtype = torch.device(f"cuda:{index}" if name == "cuda" and index else name), torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return device, dtype if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def build(config, input_hw, num_classes, checkpoint):
     """Detector for the data at hand, with the weights that init_from names; `checkpoint`: what to resume, or None."""
     if config.input_hw not in ((0, 0), input_hw):
-        raise ValueError(f"input_hw={config.input_hw}, but the frames of {config.data_dir} are {input_hw}; leave it out")
+        raise ValueError(f"input_hw={config.input_hw}, but {config.data_dir} has frames of {input_hw}; leave it out")
     keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     keys |= {"input_hw": input_hw, "num_classes": num_classes}
     found = checkpoint or (read_checkpoint(config.init_from) if config.init_from != "scratch" else {})
     if "state_dict" not in found:
         model = Detector(ModelConfig(**keys))
         return load_weights(model, found["model"], config.init_from) if found else model
-    model = load_rvt(config.init_from, **{key: keys[key] for key in ("input_hw", "partition_split", "dim_head", "checkpointing")})
+    model = load_rvt(config.init_from, input_hw=input_hw, **{
+        key: keys[key] for key in ("partition_split", "dim_head", "checkpointing")})
     if model.config.num_classes != num_classes:
         raise ValueError(f"{config.init_from}: has {model.config.num_classes} classes, but the data {num_classes}")
     return model
+
+
+def size_aware(config):
+    """What detection_loss wants to know of the size-aware loss; None where it is off."""
+    return SizeAware(config.weight_type, config.size_aware_weight, config.small_threshold, config.medium_threshold,
+                     config.size_aware_terms) if config.size_aware_loss else None
 
 
 class Forward(torch.nn.Module):
@@ -219,7 +228,7 @@ def train(config, checkpoint=None):
         for key, tercile in zip(("small_threshold", "medium_threshold"), data.size_thresholds(sequences)):
             setattr(config, key, getattr(config, key) or tercile)
         check(config)
-    groups, B = config.gradient_accumulation_steps, config.batch_size
+    groups, B, T = config.gradient_accumulation_steps, config.batch_size, config.sequence_length
     train_data = data.TrainData(sequences, rank=rank, world_size=world, **{
         key: getattr(config, key) for key in inspect.signature(data.TrainData).parameters if hasattr(config, key)})
 
@@ -233,9 +242,7 @@ def train(config, checkpoint=None):
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=cuda)
     clip = torch.nn.utils.clip_grad_norm_ if config.grad_clip_by == "norm" else torch.nn.utils.clip_grad_value_
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    forward = Forward(model, SizeAware(config.weight_type, config.size_aware_weight, config.small_threshold,
-                                       config.medium_threshold, config.size_aware_terms) if config.size_aware_loss else None)
-    compiled = config.compile and cuda
+    forward, compiled = Forward(model, size_aware(config)), config.compile and cuda
     forward = torch.compile(forward) if compiled else forward
 
     # where the run stands
@@ -246,7 +253,7 @@ def train(config, checkpoint=None):
         scaler.load_state_dict(checkpoint["scaler"])
         at, rows, streams = checkpoint["progress"], checkpoint["log"], checkpoint["states"]
         if (had := (len(streams), len(streams[0]), len(streams[0][0][0]))) != (world, groups, B):
-            raise ValueError(f"resume: processes, accumulation, batch_size were {had}, are {world, groups, B}; keep them")
+            raise ValueError(f"resume: processes, accumulation and batch_size: {had}, now {world, groups, B}")
         states = [[s.to(device) for s in state] for state in streams[rank]]
     if rank == 0:
         if not checkpoint and os.path.exists(f"{out}/ckpt.pt"):
@@ -254,12 +261,13 @@ def train(config, checkpoint=None):
             say(f"the run that was in {out} is in {older} now")
         os.makedirs(out, exist_ok=True)
         write(f"{out}/config.py", f"# python train.py {out}/config.py\n{dump(vars(config))}")
-    say(f"{dump(vars(config))}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; attention in groups of "
-        f"{model.config.part} tokens at {model.config.padded_hw}; strides {model.config.strides}; {len(sequences)} sequences, "
+    say(f"{dump(vars(config))}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, attention groups of "
+        f"{model.config.part} at {model.config.padded_hw}, strides {model.config.strides}; {len(sequences)} sequences, "
         f"{train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
     wandb = optional("wandb", "wandb_log=True") if config.wandb_log and rank == 0 else None
     if wandb:
-        wandb.init(project=config.wandb_project, group=config.wandb_group, name=config.wandb_run_name, config=vars(config))
+        names = {"project": config.wandb_project, "group": config.wandb_group, "name": config.wandb_run_name}
+        wandb.init(config=vars(config), **names)
 
     def save(name):
         """Everything that the run is, gathered from all processes, written by the first."""
@@ -268,9 +276,9 @@ def train(config, checkpoint=None):
             dist.all_gather_object(streams, [[s.cpu() for s in state] for state in states])
         if rank == 0:
             write(f"{out}/{name}", dict(
-                model=model.state_dict(), model_config=dataclasses.asdict(model.config), config=vars(config), step=at["step"],
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), progress=at, states=streams, log=rows,
-                rng=torch.get_rng_state()))
+                model=model.state_dict(), model_config=dataclasses.asdict(model.config), config=vars(config),
+                step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), progress=at, states=streams,
+                log=rows, rng=torch.get_rng_state()))
 
     stop = [0]  # the signal that asks for it
 
@@ -282,14 +290,14 @@ def train(config, checkpoint=None):
     loader = data.make_loader(train_data, at["step"] * groups, config.num_workers, pin_memory=cuda)
     if checkpoint:
         torch.set_rng_state(checkpoint["rng"])  # after the loader, which draws from it
-    bar = tqdm(total=config.max_steps, initial=at["step"], disable=rank > 0, unit="step", dynamic_ncols=True, mininterval=1)
+    bar = tqdm(total=config.max_steps, initial=at["step"], disable=rank > 0, unit="step", mininterval=1)
     step, started, waited = at["step"], time.perf_counter(), 0.0
     model.train()
     try:
         while step < config.max_steps and not stop[0]:
             optimizer.param_groups[0]["lr"] = lr = learning_rate_at(step, config.max_steps, config.learning_rate)
             before, states_before = [buffer.clone() for buffer in statistics], list(states)
-            sums = torch.zeros(len(MEANS) + 2, device=device)  # ..., states that are not finite, processes asked to stop
+            sums = torch.zeros(len(MEANS) + 2, device=device)  # and: states not finite, told to stop
             for a in range(groups):
                 waiting = time.perf_counter()
                 batch = next(loader)
@@ -324,11 +332,11 @@ def train(config, checkpoint=None):
                 scaler.step(optimizer)
                 smoothed = 0.99 * at["smoothed"] + 0.01 * values[0] if at["smoothed"] else values[0]
                 above = at["above"] + 1 if smoothed > config.max_loss_ratio * at["lowest"] else 0
-                at |= dict(bad=0, smoothed=smoothed, lowest=min(at["lowest"], smoothed), above=above, count=at["count"] + 1,
-                           sums=[x + y for x, y in zip(at["sums"], values)])
+                at |= dict(bad=0, smoothed=smoothed, lowest=min(at["lowest"], smoothed), above=above,
+                           count=at["count"] + 1, sums=[x + y for x, y in zip(at["sums"], values)])
             else:
                 at["bad"] += 1
-                wrong = [name for name, value in zip(MEANS, values) if not math.isfinite(value)] + ["state"] * bool(lost)
+                wrong = [key for key, x in zip(MEANS, values) if not math.isfinite(x)] + ["state"] * bool(lost)
                 say(f"step {step}: {', '.join(wrong)} not finite, skipped ({at['bad']} in a row)")
                 torch._foreach_copy_(statistics, before)
                 states = states_before
@@ -345,7 +353,7 @@ def train(config, checkpoint=None):
                 raise ValueError(f"step {step}: peak memory of {peak:.2f} GiB passed max_memory_gib; {MEMORY}{kept}")
             evaluate = step % config.eval_interval == 0 or step == config.max_steps
             if evaluate or step % config.log_interval == 0:
-                seconds, frames = time.perf_counter() - started, config.sequence_length * B * groups * world * at["count"]
+                seconds, frames = time.perf_counter() - started, T * B * groups * world * at["count"]
                 row = {key: round(x / max(at["count"], 1), 6) for key, x in zip(MEANS, at["sums"])}
                 row |= dict(step=step, lr=lr, AP="", AP50="", frames_per_s=round(frames / seconds, 2),
                             data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3))
@@ -355,7 +363,7 @@ def train(config, checkpoint=None):
                 if evaluate:
                     for buffer in statistics if world > 1 else ():
                         dist.broadcast(buffer, 0)
-                    found = evaluation.run(model, validation, config.eval_batch_size, config.sequence_length, device, dtype)
+                    found = evaluation.run(model, validation, config.eval_batch_size, T, device, dtype)
                     scores = evaluation.score_boxes(*found, *model.config.input_hw, names)
                     row |= dict(AP=scores["AP"], AP50=scores["AP50"])
                     say(f"step {step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (validation, class mean, all boxes)")
@@ -373,14 +381,15 @@ def train(config, checkpoint=None):
                 if rank == 0:
                     draw_curves(f"{out}/curves.png", rows)
     except torch.OutOfMemoryError:
-        used = [f"{key}={getattr(config, key)}" for key in ("batch_size", "sequence_length", "patch_size", "checkpointing")]
-        raise ValueError(f"step {step}: out of GPU memory with {', '.join(used)}; {MEMORY}") from None
+        raise ValueError(f"step {step}: out of GPU memory with batch_size={B}, sequence_length={T}, patch_size="
+                         f"{config.patch_size}, checkpointing={config.checkpointing}; {MEMORY}") from None
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    say(f"best AP {at['best']:.4f}; see {out}/curves.png; next: python eval.py --ckpt {out}/best.pt" if step == config.max_steps
-        else f"stopped at step {step}; go on: python train.py --out_dir={out} --init_from=resume")
+    go_on = f"stopped at step {step}; go on: python train.py --out_dir={out} --init_from=resume"
+    done = f"done, best AP {at['best']:.4f}; see {out}/curves.png; next: python eval.py --ckpt {out}/best.pt"
+    say(done if step == config.max_steps else go_on)
     return 130 if stop[0] == signal.SIGINT else 0
 
 
