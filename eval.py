@@ -1,7 +1,7 @@
 """A checkpoint -> numbers and pictures, each line naming its protocol; and a detector for live streams.
 
 In: a checkpoint (ours, RVT's or its eTraM fork's) and prepared sequences. Architecture, data and classes come from the
-checkpoint. Out: a table, and in out_dir/eval (out_dir: the checkpoint's folder) report.json and pictures.
+checkpoint. Out: a table, and in out_dir/eval (out_dir: the checkpoint's folder) report.json and report.png.
 
     python eval.py --ckpt out/ckpt.pt --split=test
     python eval.py --ckpt rvt-b.ckpt configs/gen1.py --data_dir=datasets/gen1
@@ -11,10 +11,9 @@ checkpoint. Out: a table, and in out_dir/eval (out_dir: the checkpoint's folder)
 import copy
 import hashlib
 import json as jsonlib
-import re
+import os
 import time
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,46 +21,38 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pycocotools.cocoeval import COCOeval
-from pycocotools.mask import iou as coco_iou
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from configurator import command_line, configure
 from data import BOX_DTYPE, load_classes, make_loader, open_split
+from loss import box_iou
 from model import Conv, Detector, ModelConfig, keep_buffers, load_rvt, load_weights, read_checkpoint, reset_state
+from prepare import reading
 
 ckpt = "out/ckpt.pt"      # checkpoint of train.py, or a Lightning checkpoint of RVT
 split = "test"            # train, val or test
 score = "cls"             # detections rank by: cls (p_cls, as in RVT) or obj*cls (p_obj * p_cls)
 confidence = 0.001        # detections below this p_obj * p_cls are dropped
 nms_iou = 0.45            # of two detections of a class that overlap more, the worse is dropped
-small_classes = ()        # the group of classes whose mean gets a line; empty: those of SMALL that the data has
-picture_confidence = 0.3  # pictures show detections from this p_obj * p_cls
+small_classes = ("pedestrian", "two-wheeler", "bicycle", "motorbike", "wheelchair")  # those there are get a mean
 json = ""                 # path of the report; empty: out_dir/eval/report.json
 dtype = "float32"         # float32, bfloat16 or float16
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
-SMALL = ("pedestrian", "two-wheeler", "bicycle", "motorbike", "wheelchair")
-SIZES = {"tiny, < 16x16 px": (0, np.nextafter(16 ** 2, 0)), "small, < 32x32 px": (0, 32 ** 2),  # areas in px^2
-         "medium, to 96x96 px": (32 ** 2, 96 ** 2), "large, above": (96 ** 2, 1e10)}
+SIZES = dict(zip(("tiny, < 16x16 px", "small, < 32x32 px", "medium, to 96x96 px", "large, above"), (  # areas in px^2
+    (0, np.nextafter(16 ** 2, 0)), (0, 32 ** 2), (32 ** 2, 96 ** 2), (96 ** 2, 1e10))))
 METRICS = ("AP", "AP50", "AP75", "AP_T", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_T", "AR_S", "AR_M", "AR_L")
 FILTERS = {"none": "all boxes", "prophesee": "Prophesee filter"}
 COMPARABLE = ("split", "labels", "resolution", "classes", "confidence", "nms_iou", "score")  # settings of a comparison
+HEAD = " frames   boxes" + "".join(f"{metric:>7}" for metric in METRICS) + "   in %, by protocol"
 # beside Prophesee's fields: p_obj * p_cls, whatever class_confidence ranks by, and the stride of the pyramid level
 DETECTION_DTYPE = np.dtype(BOX_DTYPE.descr + [("confidence", "<f4"), ("stride", "<u2")])
 
 
 # ---- predictions -> detections
 
-def iou_matrix(a, b):
-    """IoU (n, m) of box_xyxy a (n, 4) and b (m, 4); NaN where both are without area."""
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.T[..., None].contiguous(), b.T.contiguous()  # (n, 1), (m,) each
-    overlap = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-    overlap = overlap * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
-    return overlap / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - overlap)
-
-
-def nms(box_xyxy, score, label, iou, block=None):
+def nms(box_xyxy, score, label, iou, block=256):
     """Indices of the boxes that greedy non-maximum suppression keeps within each class, best score first.
 
     box_xyxy (n, 4), score (n,), label (n,) -> (k,) int64. A box goes where a kept box of its label that ranks before it
@@ -70,9 +61,9 @@ def nms(box_xyxy, score, label, iou, block=None):
     16 * block^2 pairs, time by n * k pairs.
     """
     def clash(a, b):
-        return (iou_matrix(box_xyxy[a], box_xyxy[b]) > iou) & (label[a][:, None] == label[b])
+        return (box_iou(box[a][:, None], box[b]) > iou) & (label[a][:, None] == label[b])
 
-    block = block or (1024 if box_xyxy.is_cuda else 128)  # a CPU's cache holds the pairs
+    box = torch.cat(((box_xyxy[:, :2] + box_xyxy[:, 2:]) / 2, box_xyxy[:, 2:] - box_xyxy[:, :2]), dim=1)  # cx, cy, w, h
     rest, kept = score.argsort(descending=True, stable=True), [label.new_zeros(0, dtype=torch.int64)]
     while len(rest):
         head, rest = rest[:block], rest[block:]
@@ -81,8 +72,7 @@ def nms(box_xyxy, score, label, iou, block=None):
         while before is None or not torch.equal(keep, before):
             keep, before = ~(clashes & keep[:, None]).any(0), keep
         kept.append(head[keep])
-        if len(rest):
-            rest = torch.cat([part[~clash(kept[-1], part).any(0)] for part in rest.split(16 * block)])
+        rest = torch.cat([part[~clash(kept[-1], part).any(0)] for part in rest.split(16 * block)])
     return torch.cat(kept)
 
 
@@ -96,36 +86,28 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
     if score not in ("cls", "obj*cls"):
         raise ValueError(f"score={score!r}: expected cls or obj*cls")
     p_cls, label = prediction.cls.sigmoid().max(-1)
-    product = prediction.obj.sigmoid() * p_cls  # (N, A)
-    frame, anchor = (product >= confidence).nonzero(as_tuple=True)
-    box, rank = prediction.box_cxcywh[frame, anchor], p_cls if score == "cls" else product
-    columns = (product[frame, anchor], rank[frame, anchor], label[frame, anchor].float(), prediction.grid[anchor, 2])
-    found = torch.cat((box[:, :2] - box[:, 2:] / 2, box[:, :2] + box[:, 2:] / 2, torch.stack(columns, dim=1)), dim=1)
+    product, out = prediction.obj.sigmoid() * p_cls, []  # (N, A)
+    at = frame, anchor = (product >= confidence).nonzero(as_tuple=True)
+    rank, (xy, wh) = p_cls if score == "cls" else product, prediction.box_cxcywh[at].split(2, dim=1)
+    found = torch.column_stack((xy - wh / 2, wh, label[at], rank[at], product[at], prediction.grid[anchor, 2]))
     counts = frame.bincount(minlength=len(product)).tolist()
-    if max(counts, default=0) < 4096:  # a few hundred boxes are faster there than many small kernels
-        found = found.cpu()
-    out = []
+    found = found.cpu() if max(counts, default=0) < 4096 else found  # a GPU is slower with a few boxes
     for t, part in zip(t_us, found.split(counts)):  # (candidates, 8)
-        part = part[nms(part[:, :4], part[:, 4], part[:, 6], nms_iou)].cpu().numpy().T
-        boxes = np.zeros(part.shape[1], DETECTION_DTYPE)
-        x1, y1, x2, y2, boxes["confidence"], boxes["class_confidence"], boxes["class_id"], boxes["stride"] = part
-        boxes["t"], boxes["x"], boxes["y"], boxes["w"], boxes["h"] = t, x1, y1, x2 - x1, y2 - y1
-        out.append(boxes)
+        box_xyxy = torch.cat((part[:, :2], part[:, :2] + part[:, 2:4]), dim=1)
+        rows = part[nms(box_xyxy, part[:, 6], part[:, 4], nms_iou)].tolist()
+        out.append(np.array([(t, *row[:4], int(row[4]), 0, *row[5:]) for row in rows], DETECTION_DTYPE))
     return out
 
 
 # ---- streams
 
-class Chunks:
-    """Item k: events uint8 (T, B, 20, H, W) of steps[k], a list of (sequence, first frame); zeros behind the stops."""
-
-    def __init__(self, sequences, stops, steps, T):
-        self.sequences, self.stops, self.steps, self.T = sequences, stops, steps, T
+class Chunks(SimpleNamespace):
+    """Item k: events uint8 (T, B, 20, H, W) of steps[k], a list of (sequence, first frame); zeros behind its end."""
 
     def __getitem__(self, k):
         events = torch.zeros(self.T, len(self.steps[k]), 20, *self.sequences[0].hw, dtype=torch.uint8)
         for b, (i, t) in enumerate(self.steps[k]):
-            self.sequences[i].read(t, min(t + self.T, self.stops[i]), events[:, b].numpy())
+            self.sequences[i].read(t, min(t + self.T, self.sequences[i].length), events[:, b].numpy())
         return events
 
 
@@ -140,25 +122,23 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
     T, training, device, found = sequence_length, model.training, torch.device(device), {}
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sequences = sorted((s for s in sequences if len(s.label_frames)), key=lambda s: s.name)
-    starts = [max(int(s.label_frames[0]) - T + 1, 0) for s in sequences]
-    stops = [int(s.label_frames[-1]) + 1 for s in sequences]
-    slots = [[] for _ in range(batch_size)]
-    for i in sorted(range(len(sequences)), key=lambda i: starts[i] - stops[i])[rank::world]:
-        min(slots, key=len).extend((i, t) for t in range(starts[i], stops[i], T))  # into the slot that is free first
+    spans = [range(max(int(s.label_frames[0]) - T + 1, 0), int(s.label_frames[-1]) + 1, T) for s in sequences]
+    order = sorted(range(len(spans)), key=lambda i: -len(spans[i]))[rank::world]
+    slots = [[(i, t) for i in order[b::batch_size] for t in spans[i]] for b in range(batch_size)]
     slots.sort(key=len, reverse=True)  # so the batch gets smaller from its end
     steps = [[slot[k] for slot in slots if k < len(slot)] for k in range(len(slots[0]))]
-    loader = make_loader(Chunks(sequences, stops, steps, T), 0, num_workers, pin_memory=device.type == "cuda")
-    state = model.eval().initial_state(batch_size)
+    chunks = Chunks(sequences=sequences, steps=steps, T=T)
+    loader, state = make_loader(chunks, 0, num_workers, device.type == "cuda"), model.eval().initial_state(batch_size)
     for step in tqdm(steps, "evaluating", unit=" chunks", leave=False, disable=rank > 0):
-        events = next(loader).to(device, non_blocking=True)
         due = sorted((int(sequences[i].label_frames[j]) - t, b, i, j) for b, (i, t) in enumerate(step)
                      for j in range(*np.searchsorted(sequences[i].label_frames, (t, t + T))))
         index = torch.tensor([t * len(step) + b for t, b, _, _ in due], dtype=torch.int64, device=device)
-        first = torch.tensor([t == starts[i] for i, t in step], device=device)
+        first = torch.tensor([t == spans[i][0] for i, t in step], device=device)
+        state = reset_state([s[:len(step)] for s in state], first)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            prediction, state = model(events, reset_state([s[:len(step)] for s in state], first), index)
+            prediction, state = model(next(loader).to(device, non_blocking=True), state, index)
         t_us = [sequences[i].boxes[j]["t"][0] for _, _, i, j in due]
-        found.update(zip([place[2:] for place in due], detections(prediction, t_us, **options)))
+        found |= zip([(i, j) for _, _, i, j in due], detections(prediction, t_us, **options))
     model.train(training)
     if world > 1:
         shards = [None] * world
@@ -170,8 +150,8 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
 class StreamDetector:
     """Detector for live streams: one 50 ms frame in, boxes out, state kept from call to call.
 
-    model: a Detector, of which it keeps a copy in `dtype`; on a GPU with batch norm folded, and captured as a CUDA
-    graph. options: confidence, nms_iou, score as in `detections`.
+    model: a Detector, of which it keeps a copy in `dtype` with batch norm folded; on a GPU captured as a CUDA graph.
+    options: confidence, nms_iou, score as in `detections`.
 
         detector = StreamDetector(model)
         boxes = detector(frame)         # frame (20, H, W) uint8 -> BOX_DTYPE (n,), pixels of the frame, best first
@@ -180,9 +160,9 @@ class StreamDetector:
 
     @torch.inference_mode()
     def __init__(self, model, dtype=torch.float32, **options):
-        grid, self.options, self.frames, self.graph = model.grid, options, 0, None
+        grid, self.options, self.graph, self.ms = model.grid, options, None, []
         self.model = copy.deepcopy(model).eval()
-        for part in self.model.modules():  # some 50 kernels fewer; a CPU gains nothing by it
+        for part in self.model.modules():  # some 50 kernels fewer
             if isinstance(part, Conv):
                 part.conv, part.bn = fuse_conv_bn_eval(part.conv, part.bn), torch.nn.Identity()
         self.model.to(dtype).grid = grid  # cell numbers are not exact in bfloat16
@@ -191,14 +171,13 @@ class StreamDetector:
         if grid.is_cuda:
             device, graph = torch.cuda.device(grid.device), torch.cuda.CUDAGraph()
             torch.cuda.synchronize(grid.device)
-            with device, torch.cuda.stream(torch.cuda.Stream(grid.device)):  # libraries set up before the capture
-                for _ in range(3):
+            with device, torch.cuda.stream(torch.cuda.Stream(grid.device)):
+                for _ in range(3):  # libraries set up before the capture, which waits for this
                     self.step()
-            torch.cuda.synchronize(grid.device)
             with device, torch.cuda.graph(graph):
                 self.step()
             self.graph = graph
-            self.reset()
+        self.reset()
 
     def step(self):
         """Sets self.prediction; self.state moves on in place, since a CUDA graph has fixed addresses."""
@@ -207,34 +186,26 @@ class StreamDetector:
 
     @torch.inference_mode()
     def __call__(self, frame, t_us=None):
-        """Boxes of BOX_DTYPE in the next frame, at t_us (None: 50 ms after the one before)."""
-        frame, expected = torch.as_tensor(frame), self.events.shape[2:]
-        if frame.shape != expected or frame.dtype != torch.uint8:
-            raise ValueError(f"frame is {frame.dtype} {tuple(frame.shape)}; expected uint8 {tuple(expected)}")
-        self.events.copy_(frame)
-        self.frames += 1
+        """Boxes of BOX_DTYPE in the next frame, at t_us (None: 50 ms after the one before). RuntimeError: its size."""
+        start, self.t_us = time.perf_counter(), self.t_us + 50_000 if t_us is None else t_us
+        self.events.copy_(torch.as_tensor(frame).view_as(self.events))
         self.graph.replay() if self.graph else self.step()
-        found = detections(self.prediction, [50_000 * self.frames if t_us is None else t_us], **self.options)[0]
+        found = detections(self.prediction, [self.t_us], **self.options)[0]
+        self.ms = [*self.ms[-999:], 1000 * (time.perf_counter() - start)]
         return found[list(BOX_DTYPE.names)].astype(BOX_DTYPE)
 
     @torch.inference_mode()
     def reset(self):
         """Forget what was seen."""
-        self.frames = 0
+        self.t_us = 0
         torch._foreach_zero_(self.state)
 
-
-def speed(model, sequence, dtype=torch.float32, frames=100):
-    """Milliseconds a frame (median, 95th percentile) through StreamDetector, boxes included, on a sequence's frames."""
-    detector, ms = StreamDetector(model, dtype), []
-    for t in range(min(frames, sequence.length)):
-        frame, start = sequence.read(t, t + 1)[0], time.perf_counter()
-        detector(frame)
-        ms.append(1000 * (time.perf_counter() - start))
-    median, p95 = np.percentile(ms[len(ms) // 10:], (50, 95)).round(3).tolist()  # the first ones warm up
-    place = model.grid.device
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "batch": 1, "ms_median": median, "ms_p95": p95, "frames_per_s": round(1000 / median, 1)}
+    def speed(self):
+        """Device, median and 95th percentile of the ms that the last 1000 calls took, but for the first tenth."""
+        on, threads = self.events.device, torch.get_num_threads()
+        name = torch.cuda.get_device_name(on) if on.type == "cuda" else f"CPU, {threads} threads"
+        median, p95 = np.percentile(self.ms[len(self.ms) // 10:], (50, 95)).round(3).tolist()
+        return {"device": name, "ms_median": median, "ms_p95": p95}
 
 
 # ---- scores
@@ -246,48 +217,7 @@ def prophesee_filter(boxes, width):
     arXiv 2009.13436, as its toolbox and RVT apply it, to labels and detections.
     """
     w, h, scale = boxes["w"], boxes["h"], 0.5 if width == 304 else width / 1280
-    keep = (boxes["t"] > 500_000) & (w ** 2 + h ** 2 >= (60 * scale) ** 2) & (w >= 20 * scale) & (h >= 20 * scale)
-    return boxes[keep]
-
-
-def overlaps(found, truth):
-    """IoU (n, m) of structured boxes found (n,) and truth (m,), by pycocotools."""
-    boxes = [np.stack([side[name] for name in "xywh"], 1).astype(float) for side in (found, truth)]
-    return np.reshape(coco_iou(*boxes, [0] * len(truth)), (len(found), len(truth)))
-
-
-def match(truth, found, thresholds):
-    """Matches in one frame, one class (or all as one): what COCOeval.evaluateImg finds, 3 to 8 times faster.
-
-    Best score first, at most 100, each detection takes the free label that it overlaps most, by `thresholds` (10,) at
-    least (of equals the last); labels outside of the size range only where no other is left. All thresholds and size
-    ranges go at once. -> for each size range what COCOeval.accumulate reads, None where there are no boxes.
-    """
-    if not len(truth) and not len(found):
-        return [None] * 5
-    found = found[np.argsort(-found["class_confidence"], kind="stable")[:100]]
-    iou = overlaps(found, truth)
-    areas = [(side["w"] * side["h"]).astype(float) for side in (found, truth)]  # products in float32, as RVT's
-    far, ignored = (np.array([(a < low) | (a > high) for low, high in ((0, 1e10), *SIZES.values())]) for a in areas)
-    free, hits = np.ones((5, 10, len(truth)), bool), np.zeros((5, 10, len(found)), bool)
-    passed = hits.copy()  # detections that count neither way
-    for d in np.flatnonzero((iou >= thresholds[0]).any(1)):
-        able = free & (iou[d] >= thresholds[:, None])
-        preference = np.where(able, iou[d] + 2 * ~ignored[:, None], 0)
-        best = len(truth) - 1 - preference[..., ::-1].argmax(-1)[..., None]  # (5, 10, 1)
-        hits[..., d] = able.any(-1)
-        passed[..., d] = hits[..., d] & np.take_along_axis(ignored[:, None], best, -1)[..., 0]
-        np.put_along_axis(free, best, np.take_along_axis(free, best, -1) & ~hits[..., d, None], -1)
-    passed |= ~hits & far[:, None]
-    return [{"dtScores": found["class_confidence"], "dtMatches": hit, "dtIgnore": skip, "gtIgnore": outside}
-            for hit, skip, outside in zip(hits, passed, ignored)]
-
-
-def summary(precision, recall):
-    """METRICS from precision (10 IoUs, 101, K, 5 sizes, 3 limits) and recall (10, K, 5, 3); -1: undefined."""
-    p, r = np.moveaxis(precision[..., 2], -1, 0), np.moveaxis(recall[..., 2], -1, 0)  # at most 100 detections; (5, ...)
-    values = (p[0], p[0, 0], p[0, 5], *p[1:], recall[..., 0, 0], recall[..., 0, 1], *r)
-    return {metric: float(v[v > -1].mean()) if (v > -1).any() else -1.0 for metric, v in zip(METRICS, values)}
+    return boxes[(boxes["t"] > 500_000) & (np.minimum(w, h) >= 20 * scale) & (w ** 2 + h ** 2 >= (60 * scale) ** 2)]
 
 
 def score_boxes(labels, detections, height, width, class_names, box_filter="none", class_agnostic=False,
@@ -301,74 +231,69 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
     -> METRICS, "frames" and "boxes" scored; "classes": {name: the same of this class, from the same run} and "curves":
     {name: precision (101,) over recall 0..1 at IoU 0.5}, both empty where class_agnostic.
     """
-    if box_filter not in FILTERS:
-        raise ValueError(f"box_filter={box_filter!r}: expected one of {', '.join(FILTERS)}")
-    if box_filter == "prophesee":
-        labels, detections = ([prophesee_filter(boxes, width) for boxes in side] for side in (labels, detections))
+    keep = {"none": lambda boxes, width: boxes, "prophesee": prophesee_filter}[box_filter]
+    labels, detections = ([keep(boxes, width) for boxes in side] for side in (labels, detections))
     ids = sorted(range(len(class_names)) if class_ids is None else class_ids)
-    pairs = [(truth, found) for truth, found in zip(labels, detections) if len(truth)]
-    groups = [[[side[side["class_id"] == i] for side in pair] for pair in pairs] for i in ids]
-    if class_agnostic:  # equal scores rank by class
-        groups = [[[np.concatenate(sides) for sides in zip(*parts)] for parts in zip(*groups)]]
-    coco = COCOeval(iouType="bbox")
+    pairs, coco = [pair for pair in zip(labels, detections) if len(pair[0])], COCOeval(iouType="bbox")
     coco.params.imgIds, coco.params.catIds, coco.params.useCats = list(range(len(pairs))), ids, int(not class_agnostic)
     coco.params.areaRng = [(0, 1e10), *SIZES.values()]
-    coco._paramsEval = copy.deepcopy(coco.params)
-    found = [[match(*pair, coco.params.iouThrs) for pair in group] for group in groups]
-    coco.evalImgs = [result[a] for group in found for a in range(5) for result in group]
+    coco._prepare = lambda: None  # it fills _gts and _dts, but from other containers than ours
+    for k, pair in enumerate(pairs):
+        for side, boxes in zip((coco._gts, coco._dts), pair):
+            columns = *(boxes[name] for name in ("class_id", "class_confidence", *"xywh")), boxes["w"] * boxes["h"]
+            for n, (i, rank, *xywh, area) in enumerate(zip(*(column.tolist() for column in columns)), 1):
+                side[k, i].append(dict(id=n, score=rank, bbox=xywh, area=area, ignore=0, iscrowd=0))
     with redirect_stdout(None):
+        coco.evaluate()
         coco.accumulate()
-    precision, recall = coco.eval["precision"], coco.eval["recall"]
-    boxes = [sum(len(truth) for truth, _ in group) for group in groups]
-    named = [] if class_agnostic else [class_names[i] for i in ids]
-    return {**summary(precision, recall), "frames": len(pairs), "boxes": sum(boxes),
-            "classes": {name: {**summary(precision[:, :, [k]], recall[:, [k]]), "frames": len(pairs), "boxes": boxes[k]}
-                        for k, name in enumerate(named)},
-            "curves": {name: precision[0, :, k, 0, 2] for k, name in enumerate(named)}}
+    precision, recall = coco.eval["precision"], coco.eval["recall"]  # (10, 101, K, 5 sizes, 3 limits), (10, K, 5, 3)
+
+    def summary(at, ids):
+        """METRICS of the classes `at` in precision and recall, with the numbers of frames and of boxes of `ids`."""
+        p, r = precision[:, :, at].transpose(4, 3, 0, 1, 2), recall[:, at].transpose(3, 2, 0, 1)  # (3, 5, 10, ...)
+        values = (p[2, 0], p[2, 0, 0], p[2, 0, 5], *p[2, 1:], *r[:, 0], *r[2, 1:])
+        means = {metric: float(v[v > -1].mean()) if (v > -1).any() else -1.0 for metric, v in zip(METRICS, values)}
+        boxes = sum(len(coco._gts[k, i]) for k in range(len(pairs)) for i in ids)
+        return means | {"frames": len(pairs), "boxes": boxes}
+
+    classes = {class_names[i]: summary(slice(k, k + 1), [i]) for k, i in enumerate([] if class_agnostic else ids)}
+    return summary(slice(None), ids) | {"classes": classes, "curves": dict(zip(classes, precision[0, :, :, 0, 2].T))}
 
 
 # ---- report
 
-def report(labels, detections, height, width, class_names, small_classes=(), strides=(), **settings):
+def report(labels, detections, height, width, class_names, small_classes=small_classes, strides=(), **settings):
     """All scores of a run, each row under its protocol, ready for JSON; undefined values are None.
 
     labels, detections: as `run` returns them; strides: the model's, for a row on the detections of each alone.
-    -> "settings" (what was passed, numbers of frames and boxes, a fingerprint of the labels), "sizes" (boxes of each
+    -> "settings" (what was passed, resolution, classes, number and fingerprint of the labels), "sizes" (boxes of each
     size, and the share that the Prophesee filter removes), "rows" ({protocol: frames, boxes, METRICS}), "curves" (per
     class precision at recall 0, 0.04, ... 1 for IoU 0.5, all boxes).
     """
-    scene, rows, curves = (height, width, class_names), {}, {}
-    group = [name for name in class_names if name in (small_classes or SMALL)]
+    scene, rows, sizes = (labels, detections, height, width, class_names), {}, {}
+    group = [k for k, name in enumerate(class_names) if name in small_classes]
     for key, kind in FILTERS.items():
-        scores = rows[f"class mean, {kind}"] = score_boxes(labels, detections, *scene, key)
-        rows[f"class-agnostic, {kind}"] = score_boxes(labels, detections, *scene, key, class_agnostic=True)
-        if group:
-            members = [scores["classes"][name] for name in group]
-            rows[f"small_classes ({', '.join(group)}), class mean, {kind}"] = {
-                m: np.mean([row[m] for row in members if row[m] > -1] or -1) for m in METRICS} | {
-                "frames": scores["frames"], "boxes": sum(row["boxes"] for row in members)}
+        scores = rows[f"class mean, {kind}"] = score_boxes(*scene, key)
+        rows[f"class-agnostic, {kind}"] = score_boxes(*scene, key, class_agnostic=True)
+        title = f"small_classes ({', '.join(class_names[k] for k in group)}), class mean, {kind}"
+        rows |= {title: score_boxes(*scene, key, class_ids=group)} if group else {}
         rows |= {f"{name}, {kind}": row for name, row in scores["classes"].items()}
-        curves = curves or {name: curve[::4].round(3).tolist() for name, curve in scores["curves"].items()}
-    rows["eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter"] = score_boxes(
-        labels, detections, *scene, "prophesee", True, range(min(3, len(class_names))))
+    title = "eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter"
+    rows[title] = score_boxes(*scene, "prophesee", class_agnostic=True, class_ids=range(3))
     for stride in strides:
         level = [boxes[boxes["stride"] == stride] for boxes in detections]
-        rows[f"detections of stride {stride} alone, class mean, all boxes"] = score_boxes(labels, level, *scene)
+        rows[f"detections of stride {stride} alone, class mean, all boxes"] = score_boxes(labels, level, *scene[2:])
+    curves = {name: curve[::4].round(3).tolist() for name, curve in rows["class mean, all boxes"]["curves"].items()}
     rows = {protocol: {"frames": row["frames"], "boxes": row["boxes"]} | {
-        m: None if row[m] == -1 else round(float(row[m]), 7) for m in METRICS} for protocol, row in rows.items()}
-
-    everything, sizes = np.concatenate([*labels, np.zeros(0, BOX_DTYPE)]), {}
-    areas = [(b["w"] * b["h"]).astype(float) for b in (everything, prophesee_filter(everything, width))]
+        m: None if row[m] == -1 else round(row[m], 7) for m in METRICS} for protocol, row in rows.items()}
+    boxes = np.concatenate([*labels, np.zeros(0, BOX_DTYPE)])
+    areas = [(b["w"] * b["h"]).astype(float) for b in (boxes, prophesee_filter(boxes, width))]
     for name, (low, high) in SIZES.items():
         before, after = (int(((a >= low) & (a <= high)).sum()) for a in areas)
         sizes[name] = {"boxes": before, "Prophesee filter removes": round(1 - after / before, 4) if before else None}
-    fingerprint = hashlib.sha256(b"".join(everything[name].tobytes() for name in ("t", "x", "y", "w", "h", "class_id")))
-    settings |= {"resolution": [height, width], "classes": list(class_names), "frames": len(labels),
-                 "boxes": len(everything), "labels": fingerprint.hexdigest()[:12]}
+    labels = hashlib.sha256(b"".join(boxes[name].tobytes() for name in ("t", *"xywh", "class_id"))).hexdigest()[:12]
+    settings |= dict(resolution=[height, width], classes=list(class_names), boxes=len(boxes), labels=labels)
     return {"settings": settings, "sizes": sizes, "rows": rows, "curves": curves}
-
-
-HEAD = " frames   boxes" + "".join(f"{m:>7}" for m in METRICS) + "   in %, by protocol"
 
 
 def line(name, row, sign=""):
@@ -384,20 +309,16 @@ def compare(paths):
     """
     blocks, first = {}, None
     for path in paths:
-        try:
+        with reading(path):
             report = jsonlib.loads(Path(path).read_text())
             first = first or report
-            for here, there, key in ((report["settings"][key], first["settings"][key], key) for key in COMPARABLE):
-                if here != there:
-                    raise ValueError(f"{path}: {key} is {here}, but {there} in {paths[0]}: these are not comparable")
-            for protocol, base in first["rows"].items():
-                if row := report["rows"].get(protocol):
-                    blocks.setdefault(protocol, []).append(line(f"{protocol} | {path}", row))
-                    if report is not first:
-                        change = {m: None if None in (row[m], base[m]) else row[m] - base[m] for m in METRICS}
-                        blocks[protocol].append(line("  difference", row | change, "+"))
-        except (KeyError, TypeError, AttributeError, jsonlib.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a report of eval.py ({type(error).__name__}: {error})") from error
+            if other := [key for key in COMPARABLE if report["settings"][key] != first["settings"][key]]:
+                raise ValueError(f"not comparable with {paths[0]}, of another {', '.join(other)}")
+            for protocol, row in report["rows"].items():
+                base = first["rows"].get(protocol, dict.fromkeys(METRICS))
+                change = {m: None if None in (row[m], base[m]) else row[m] - base[m] for m in METRICS}
+                text = [line(f"{protocol} | {path}", row), line("  difference", row | change, "+")]
+                blocks.setdefault(protocol, []).extend(text[:1] if report is first else text)
     return "\n".join([HEAD, *sum(blocks.values(), [])])
 
 
@@ -406,86 +327,76 @@ def compare(paths):
 def confusion(labels, detections, K, confidence):
     """Counts (F, K + 1, K + 1) in each frame of labelled class (rows) against detected class; K is background.
 
-    Best first, each detection with p_obj * p_cls >= confidence takes the label of any class that it overlaps most, if
-    that is free and the IoU 0.5 or more.
+    A detection with p_obj * p_cls >= confidence counts for the label of any class that it overlaps most, if their IoU
+    is 0.5 or more, else for the background; labels that no detection overlaps so are missed.
     """
     counts = np.zeros((len(labels), K + 1, K + 1), int)
     for count, truth, found in zip(counts, labels, detections):
-        found, missed = found[found["confidence"] >= confidence], truth["class_id"].astype(int)
-        for overlap, detected in zip(overlaps(found, truth), found["class_id"]):
-            best = overlap.argmax()
-            hit = overlap[best] >= 0.5 and missed[best] < K
-            count[missed[best] if hit else K, detected] += 1
-            missed[best] = K if hit else missed[best]
-        np.add.at(count, (missed[missed < K], K), 1)
+        found = found[found["confidence"] >= confidence]
+        centres = ((b["x"] + b["w"] / 2, b["y"] + b["h"] / 2, b["w"], b["h"]) for b in (found[:, None], truth))
+        iou = box_iou(*(torch.from_numpy(np.stack(box, axis=-1)) for box in centres)).numpy()  # (detections, labels)
+        meant = np.where(iou.max(1) >= 0.5, truth["class_id"][iou.argmax(1)], K)
+        np.add.at(count, (meant, found["class_id"]), 1)
+        np.add.at(count, (truth["class_id"][(iou < 0.5).all(0)], K), 1)
     return counts
 
 
-def pictures(folder, report, sequences, labels, detections, class_names, confidence):
-    """Write report.png (precision-recall, confusion, AP by size) and frames.png (best, worst, random) to `folder`."""
+def pictures(path, report, sequences, labels, detections, class_names, confidence=0.3):
+    """Write precision-recall, confusion and AP by size, then the best, worst and some random frames, as one picture."""
     from matplotlib.figure import Figure
 
     from demo import draw  # here, since demo.py imports this file
     names, K, rows = [*class_names, "background"], len(class_names), report["rows"]
-    figure = Figure(figsize=(21, 7), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure, kinds = Figure((24, 28), layout="constrained"), ("best", "worst", "random")
+    axes = figure.subplot_mosaic([("left", "middle", "right"), *([kind] * 3 for kind in kinds)])
     for name, curve in report["curves"].items():
-        if rows[f"{name}, all boxes"]["boxes"]:
-            ap50 = 100 * rows[f"{name}, all boxes"]["AP50"]
-            left.plot(np.linspace(0, 1, len(curve)), curve, label=f"{name} (AP50 {ap50:.1f})")
-    left.set(title="IoU 0.5, all boxes", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    left.legend()
-
+        axes["left"].plot(np.linspace(0, 1, len(curve)), curve, label=name)
+    axes["left"].set(title="IoU 0.5, all boxes", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     counts = confusion(labels, detections, K, confidence)
     total = counts.sum(0)
-    share = total / total.sum(1, keepdims=True).clip(1)
-    middle.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes["middle"].imshow(total / total.sum(1, keepdims=True).clip(1), cmap="Blues", vmax=2)  # pale: black can be read
     for (i, j), n in np.ndenumerate(total):
-        middle.text(j, i, n or "", ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
-    middle.set(title=f"boxes, p_obj * p_cls >= {confidence}, IoU >= 0.5", xlabel="detected", ylabel="labelled",
-               xticks=range(K + 1), yticks=range(K + 1), yticklabels=names)
-    middle.set_xticklabels(names, rotation=45, ha="right")
-
+        axes["middle"].text(j, i, n or "", ha="center")
+    axes["middle"].set(title=f"boxes, p_obj * p_cls >= {confidence}, IoU >= 0.5", xlabel="detected", ylabel="labelled",
+                       xticks=range(K + 1), yticks=range(K + 1), xticklabels=[n[:9] for n in names], yticklabels=names)
     for k, kind in enumerate(FILTERS.values()):
-        values = [rows[f"class mean, {kind}"][m] for m in ("AP_T", "AP_S", "AP_M", "AP_L")]
-        bars = right.bar(np.arange(4) + 0.4 * k, [100 * (v or 0) for v in values], 0.4, label=f"class mean, {kind}")
-        right.bar_label(bars, ["n/a" if v is None else f"{100 * v:.1f}" for v in values])
-    right.set_xticks(np.arange(4) + 0.2, [
+        values = 100 * np.array([rows[f"class mean, {kind}"][m] for m in METRICS[3:7]], float)  # None, NaN: no bar
+        bars = axes["right"].bar(np.arange(4) + 0.4 * k, values, 0.4, label=f"class mean, {kind}")
+        axes["right"].bar_label(bars, fmt="%.1f")
+    axes["right"].set(title="AP by size, %", xticks=np.arange(4) + 0.2, xticklabels=[
         f"{name.replace(', ', chr(10))}\n{size['boxes']} boxes" for name, size in report["sizes"].items()])
-    right.set(title="AP by size", ylabel="AP in %")
-    right.legend()
-    figure.savefig(folder / "report.png", dpi=80)
+    for side in ("left", "right"):
+        axes[side].legend()
 
     frames = [(s, int(t)) for s in sequences for t in s.label_frames]
     f1 = 2 * np.trace(counts[:, :K, :K], axis1=1, axis2=2) / (counts[:, :K].sum((1, 2)) + counts[:, :, :K].sum((1, 2)))
     order = np.argsort(-f1, kind="stable")
-    chosen = [*order[:4], *order[4:][-4:], *np.random.default_rng(0).permutation(order[4:-4])[:4]]
-    figure = Figure(figsize=(24, 14), layout="constrained")
-    axes = figure.subplots(3, 4, subplot_kw={"xticks": (), "yticks": ()})
-    for axis, k, kind in zip(axes.flat, chosen, np.repeat(("best", "worst", "random"), 4)):
-        (sequence, t), found = frames[k], detections[k]
-        axis.imshow(draw(sequence.read(t, t + 1)[0], found[found["confidence"] >= confidence], class_names, labels[k]))
-        axis.set_title(f"{kind}: {sequence.name}, frame {t}, F1 {f1[k]:.2f} at p_obj * p_cls >= {confidence}")
-    figure.savefig(folder / "frames.png", dpi=60)
+    for kind, chosen in zip(kinds, (order[:4], order[-4:], np.random.default_rng(0).permutation(order)[:4])):
+        shown, title = [], f"{kind}:"
+        for (sequence, t), found, truth, value in ((frames[k], detections[k], labels[k], f1[k]) for k in chosen):
+            found = found[found["confidence"] >= confidence]
+            shown.append(draw(sequence.read(t, t + 1)[0], found, class_names, truth))
+            title += f" {sequence.name}, frame {t}, F1 {value:.2f};"
+        axes[kind].imshow(np.hstack(shown))
+        axes[kind].set(title=title, xticks=(), yticks=())
+    figure.savefig(path, dpi=80)
 
 
 # ---- command line
 
-def load_detector(path, input_hw=None, **rvt):
+def load_detector(path, input_hw=None, partition_split=0, dim_head=32):
     """Detector of a checkpoint, ours or RVT's, for frames of input_hw (None: those it was trained on; RVT's need it).
 
-    rvt: partition_split and dim_head, which RVT's checkpoints do not tell. ValueError: no checkpoint of either kind.
+    partition_split, dim_head: RVT's checkpoints do not tell these. ValueError: no checkpoint of either kind.
     """
     saved = read_checkpoint(path)
     if "model_config" not in saved:
-        return load_rvt(path, input_hw=input_hw, **rvt)
-    try:
-        config = ModelConfig(**saved["model_config"])
-    except TypeError as error:
-        raise ValueError(f"{path}: its model_config is not of this version ({error})") from error
-    if input_hw and tuple(input_hw) != config.input_hw:  # no weight depends on it
-        config = replace(config, input_hw=input_hw, partition_split=0)
-    return load_weights(Detector(config), saved["model"], path)
+        return load_rvt(path, input_hw=input_hw, partition_split=partition_split, dim_head=dim_head)
+    with reading(path):
+        changed = input_hw not in (None, saved["model_config"]["input_hw"])  # no weight depends on these two
+        changes = {"input_hw": input_hw, "partition_split": 0} if changed else {}
+        model = Detector(ModelConfig(**saved["model_config"] | changes))
+    return load_weights(model, saved["model"], path)
 
 
 def main(argv):
@@ -498,33 +409,30 @@ def main(argv):
     train.check(config)
     keep_buffers()
     device, dtype = train.resolve_device(config)
+    if config.data_dir == train.defaults["data_dir"] and os.environ.get("RANK", "0") == "0":
+        train.ensure_toy(config.data_dir)
     if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
-    sequences = open_split(config.data_dir, config.split)
-    hw = sequences[0].hw
-    model = load_detector(path, hw, partition_split=config.partition_split, dim_head=config.dim_head).to(device)
-    K = model.config.num_classes
-    names = load_classes(config.data_dir, config.class_names or tuple(map(str, range(K))))
-    largest = max((boxes["class_id"].max() for s in sequences for boxes in s.boxes), default=0)
-    if max(len(names), largest + 1) != K:
-        raise ValueError(f"{path}: detects {K} classes, but {config.data_dir} has {max(len(names), largest + 1)}")
-    if unknown := set(config.small_classes) - set(names):
-        raise ValueError(f"small_classes: no {', '.join(sorted(unknown))} in {config.data_dir}: {', '.join(names)}")
-    options = {key: getattr(config, key) for key in ("confidence", "nms_iou", "score")}
-    T, workers = config.sequence_length, config.num_workers
-    labels, found = run(model, sequences, config.eval_batch_size, T, device, dtype, workers, **options)
+        dist.init_process_group("gloo")  # waits for the first
+    names = load_classes(config.data_dir, config.class_names, config.num_classes)
+    sequences = open_split(config.data_dir, config.split, len(names))
+    model = load_detector(path, sequences[0].hw, config.partition_split, config.dim_head).to(device)
+    load_classes(config.data_dir, names, model.config.num_classes)  # ValueError where the data has others
+    options = {key: getattr(config, key) for key in ("num_workers", "confidence", "nms_iou", "score")}
+    labels, found = run(model, sequences, config.eval_batch_size, config.sequence_length, device, dtype, **options)
     if dist.is_initialized() and dist.get_rank():
         return
-    result = report(labels, found, *hw, names, config.small_classes, model.config.strides, ckpt=path,
-                    data_dir=config.data_dir, split=config.split, sequences=len(sequences), **options,
-                    sequence_length=T, dtype=config.dtype, speed=speed(model, sequences[0], dtype))
+    detector = StreamDetector(model, dtype)
+    for t in range(min(100, sequences[0].length)):
+        detector(sequences[0].read(t, t + 1)[0])
+    keys = ("ckpt", "data_dir", "split", "sequence_length", "dtype")
+    settings = options | {key: getattr(config, key) for key in keys} | {"speed": detector.speed()}
+    result = report(labels, found, *sequences[0].hw, names, config.small_classes, model.config.strides, **settings)
     path = Path(config.json or Path(config.out_dir, "eval", "report.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = re.sub(r"\n(?=   |  [}\]])\s*", " ", jsonlib.dumps(result, indent=1))  # one line for each row
-    path.write_text(text + "\n")
-    pictures(path.parent, result, sequences, labels, found, names, config.picture_confidence)
-    print(text.partition(' "rows"')[0], HEAD, *(line(*item) for item in result["rows"].items()), sep="\n")
-    print(f"written: report.json, report.png and frames.png in {path.parent}")
+    path.write_text(jsonlib.dumps(result, indent=1) + "\n")
+    pictures(path.with_suffix(".png"), result, sequences, labels, found, names)
+    facts = (f"{key}: {value}" for key, value in (result["settings"] | result["sizes"]).items())
+    print(*facts, HEAD, *(line(*item) for item in result["rows"].items()), f"written: {path} and .png", sep="\n")
 
 
 if __name__ == "__main__":
