@@ -42,14 +42,13 @@ DATASETS = {  # grid_us: step between labelled frames; 0: the whole number of la
     "gen1": (240, 304, "prophesee", "none", 250_000, ["car", "pedestrian"]),
     "own": (0, 0, "none", "none", 0, []),
 }
-BOX_FILTERS, DOWNSAMPLINGS = ("none", "sides5", "prophesee"), ("none", "nearest", "sum")
+CHOICES = dict(dataset=DATASETS, box_filter=("none", "sides5", "prophesee"), downsample=("none", "nearest", "sum"))
 LABEL = np.dtype([("t", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"), ("class_id", "<u4"),
                   ("track_id", "<u4"), ("class_confidence", "<f4")])
 BINS, MAX_COUNT, WINDOW_US = 10, 10, 50_000  # time bins a polarity; largest count stored; length of a window
 FIRST_LABEL_US, JITTER_US = 100_000, 2_000   # earliest labelled frame; how far off the label grid a label may be
 MAX_LEAD_US = MAX_WINDOWS = 10_000_000       # a clock that starts later is not filled with windows from 0 on; 139 hours
-BLOCK = 1 << 19                              # events read at a time
-UNKNOWN = 2048                               # side of a sensor of which a file does not tell: coordinates have 11 bits
+BLOCK, UNKNOWN = 1 << 19, 2048               # events read at a time; side that a file leaves open: 11-bit coordinates
 NO_EVENTS = tuple(np.zeros(0, kind) for kind in ("i8", "i4", "i4", "u1"))
 
 
@@ -283,23 +282,21 @@ def window_ends(frames, spacing_us, first_us):
 
 def write_sequence(files, train, folder, options):
     """Write a sequence into a new folder, unless no labels are left in it; returns ((height, width), report)."""
-    events, ends, empty = files.get("events", f"no recording beside {files.get('labels')}"), None, 0
+    events = files.get("events", f"no recording beside {files.get('labels')}")
     recording, boxes, found = open_recording(events, options.height, options.width), np.zeros(0, LABEL), {}
     size = H, W = recording.height, recording.width
     if "labels" in files:
         labels = read_labels(files["labels"])
         boxes, found = filter_boxes(labels, H, W, len(options.class_names), options.box_filter, train)
     frames, spacing_us = label_frames(np.unique(boxes["t"].astype(np.int64)), options.grid_us)
-    boxes = boxes[np.isin(boxes["t"], frames)]
-    if len(frames):
-        ends = window_ends(frames, spacing_us, int(next(recording.chunks(), [[0]])[0][0]))
-    elif "labels" in files:
-        return size, "no labels left" + "".join(f"; {number} {what}" for what, number in found.items() if number)
+    boxes, first = boxes[np.isin(boxes["t"], frames)], next(recording.chunks(), None)
+    if not len(frames) and ("labels" in files or first is None):
+        return size, ", ".join(["no labels left", *(f"{number} {what}" for what, number in found.items() if number)])
+    ends = window_ends(frames, spacing_us, int(first[0][0]) if first else 0) if len(frames) else None
     target = folder / "event_representations_v2" / f"stacked_histogram_dt=50_nbins={BINS}"
     target.mkdir(parents=True)
-    half = int(options.downsample != "none")
-    shape = 2 * BINS, H >> half, W >> half
-    # "_ds2_nearest" for sums too: it is the name that readers know
+    half, empty = int(options.downsample != "none"), 0
+    shape = 2 * BINS, H >> half, W >> half  # "_ds2_nearest" for sums too: it is the name that readers know
     with h5py.File(target / f"event_representations{'_ds2_nearest' * half}.h5", "w") as file:
         data = file.create_dataset("data", (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape),
                                    **hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE))
@@ -373,33 +370,30 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     changes: box_filter, downsample, class_names, height, width, where they are not the data set's. ValueError: src or
     an option is wrong, dst was prepared otherwise; or, once all others are prepared, files are damaged.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset={dataset!r}: expected one of {', '.join(DATASETS)}")
-    settings = dict(zip(OPTIONS, DATASETS[dataset])) | {key: value for key, value in changes.items() if value}
-    options, sequences, path = SimpleNamespace(**settings, dst=dst), find_sequences(src), Path(dst, "dataset.json")
-    if options.box_filter not in BOX_FILTERS or options.downsample not in DOWNSAMPLINGS:
-        raise ValueError(f"box_filter={options.box_filter!r}, downsample={options.downsample!r}: expected one of "
-                         f"{', '.join(BOX_FILTERS)} and one of {', '.join(DOWNSAMPLINGS)}")
+    settings = dict(zip(OPTIONS, DATASETS.get(dataset, DATASETS["own"]))) | {k: v for k, v in changes.items() if v}
+    options = SimpleNamespace(**settings, dataset=dataset, dst=dst)
+    for key, choices in CHOICES.items():
+        if getattr(options, key) not in choices:
+            raise ValueError(f"{key}={getattr(options, key)!r}: expected one of {', '.join(choices)}")
+    sequences, path = find_sequences(src), Path(dst, "dataset.json")
     if not options.class_names:
         ids = [read_labels(files["labels"])["class_id"].max(initial=0) for *_, files in sequences if "labels" in files]
         options.class_names = [str(k) for k in range(int(max(ids, default=0)) + 1)]
     about = dict(classes=list(options.class_names), box_filter=options.box_filter, downsample=options.downsample)
-    if path.exists():
-        with reading(path):
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if before | about != before:
-                raise ValueError(f"prepared with other classes or options; remove {dst} or choose another --dst")
-            about = before
+    with reading(path):
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
+        if before | about != before:
+            raise ValueError(f"prepared with other classes or options; remove {dst} or choose another --dst")
     Path(dst, ".partial").mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about), encoding="utf-8")
+    path.write_text(json.dumps(before), encoding="utf-8")
     jobs, counts, failures = [(*sequence, options) for sequence in sequences], {}, []
     for outcome, line, size in tqdm(run_jobs(prepare_sequence, jobs, num_workers), "prepare", len(jobs), unit="seq"):
         counts[outcome] = counts.get(outcome, 0) + 1
-        about |= zip(("height", "width"), size)
+        before |= zip(("height", "width"), size)
         if outcome in ("failed", "skipped") or ";" in line:
             tqdm.write(f"{outcome}: {line}")
         failures += [line] * (outcome == "failed")
-    path.write_text(json.dumps(about), encoding="utf-8")
+    path.write_text(json.dumps(before), encoding="utf-8")
     shutil.rmtree(Path(dst, ".partial"))
     if failures:
         raise ValueError(f"{len(failures)} of {len(jobs)} sequences failed, the others are in {dst}: {failures[0]}")
