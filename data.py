@@ -182,7 +182,7 @@ def load_classes(data_dir, class_names=(), num_classes=0):
     path, names = Path(data_dir) / "dataset.json", class_names or map(str, range(num_classes))
     with reading(path):
         names = tuple(name + "" for name in (json.loads(path.read_bytes())["classes"] if path.is_file() else names))
-        check(names and num_classes in (0, len(names)), f"{num_classes=}, but {len(names)} class names; class_names=...")
+        check(names and num_classes in (0, len(names)), f"{num_classes=}, but {len(names)} names: set class_names")
     return names
 
 
@@ -376,8 +376,8 @@ def main(argv):
         side = sides[part] = np.sqrt(boxes["w"] * boxes["h"])
         frames, dropped = sum(s.length for s in sequences), sum(s.dropped for s in sequences)
         print(f"{root / part}: {len(sequences)} sequences of {sequences[0].hw if sequences else '-'} pixels, {frames} "
-              f"frames, {len(labelled)} with boxes ({len(labelled) / max(frames, 1):.1%}), {len(boxes)} boxes, {dropped}"
-              " without area dropped\n  boxes of class           tiny <16x16  small <32x32  medium <96x96       large")
+              f"frames, {len(labelled)} ({len(labelled) / max(frames, 1):.1%}) with boxes, {len(boxes)} boxes, {dropped} "
+              "without area dropped\n  boxes of class           tiny <16x16  small <32x32  medium <96x96       large")
         for k in np.unique(boxes["class_id"]):
             counts = np.histogram(side[boxes["class_id"] == k], (0, 16, 32, 96, np.inf))[0]
             print("  {:22}{:14}{:14}{:15}{:12}".format(f"{k} {names[k] if names else ''}", *counts))

@@ -457,7 +457,7 @@ def read_checkpoint(path):
         what = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint, or truncated"
         if culprit:
             what = (f"holds more than weights ({culprit[1]}) and is not loaded, since that could run code. If you "
-                    f"trust its source, convert it once: python -c \"import torch; c = torch.load('{path}', weights_only="
+                    f"trust its source, convert it: python -c \"import torch; c = torch.load('{path}', weights_only="
                     f"False); torch.save({{'state_dict': c['state_dict']}}, 'converted.ckpt')\"")
         raise ValueError(f"{path}: {what}") from error
     if not isinstance(found, dict) or not {"model", "model_config"} <= found.keys() and "state_dict" not in found:

@@ -1503,7 +1503,7 @@ def test_inspection_counts_and_draws_what_a_set_holds(tmp_path, capsys):
     (tmp_path / "dataset.json").write_text('{"classes": ["car", "tram"]}')
     data.main([str(tmp_path), f"--picture={tmp_path}/sizes.png"])
     out = capsys.readouterr().out
-    assert "train: 3 sequences" in out and "4 with boxes (13.3%), 5 boxes" in out and "val: 1 sequences" in out
+    assert "train: 3 sequences" in out and "4 (13.3%) with boxes, 5 boxes" in out and "val: 1 sequences" in out
     assert "/test:" not in out
     rows = [line.split() for line in out.splitlines()]
     assert ["0", "car", "0", "1", "0", "0"] in rows and ["1", "tram", "4", "0", "0", "0"] in rows

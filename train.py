@@ -104,7 +104,7 @@ def check(config):
     if not set() < set(config.size_aware_terms) <= {"iou", "cls"}:
         raise ValueError(f"size_aware_terms={config.size_aware_terms}: expected iou, cls or both")
     if 0 < config.medium_threshold <= config.small_threshold:
-        raise ValueError(f"small_threshold={config.small_threshold:g}, not below medium_threshold, {config.medium_threshold:g}")
+        raise ValueError(f"small_threshold={config.small_threshold:g}: not below medium, {config.medium_threshold:g}")
 
 
 def learning_rate_at(step, max_steps, peak):
@@ -239,7 +239,7 @@ def train(config, checkpoint=None):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parameters = list(model.parameters())
     statistics = [buffer for name, buffer in model.named_buffers() if name != "grid"]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=cuda)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     clip = torch.nn.utils.clip_grad_norm_ if config.grad_clip_by == "norm" else torch.nn.utils.clip_grad_value_
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward, compiled = Forward(model, size_aware(config)), config.compile and cuda
