@@ -22,9 +22,8 @@ def value_of(key, value, defaults, where, text=False):
     ValueError names an unknown key, with the nearest known one, or a value of another type.
     """
     if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, n=1)
-        raise ValueError(f"{where}: unknown key {key!r}; " + (f"did you mean {near[0]}?" if near else
-                                                             f"known keys: {', '.join(sorted(defaults))}"))
+        near = difflib.get_close_matches(key, defaults, n=1) or ["one of the known keys", *sorted(defaults)]
+        raise ValueError(f"{where}: unknown key {key!r}; did you mean {', '.join(near)}?")
     want, given = type(defaults[key]), value
     if text and want is not str:
         with suppress(ValueError, SyntaxError):
@@ -50,24 +49,20 @@ def configure(defaults, argv):
             sys.exit(f"{sys.modules['__main__'].__doc__}\nkeys and defaults:\n{dump(defaults)}")
         if word.startswith("--"):
             key, given, text = word[2:].partition("=")
-            if key in defaults and not given and (not argv or argv[0].startswith("--")):
-                if not isinstance(defaults[key], bool):
+            if key in defaults and not given:
+                alone = not argv or argv[0].startswith("--")
+                if alone and not isinstance(defaults[key], bool):
                     raise ValueError(f"command line: --{key} has no value; write --{key}=VALUE")
-                text = "True"
-            elif key in defaults and not given:
-                text = argv.pop(0)
+                text = "True" if alone else argv.pop(0)
             config[key] = value_of(key, text, defaults, "command line", text=True)
             continue
         names = dict(config)  # a file may compute with what is set so far
         try:
             exec(compile(Path(word).read_bytes(), word, "exec"), names)
-        except OSError:
-            raise ValueError(f"{word}: no such config file; options are written --key=value") from None
         except Exception as error:
-            raise ValueError(f"{word}: this config file fails with {type(error).__name__}: {error}") from error
-        for key, value in names.items():
-            if key[0] != "_" and (key not in config or value is not config[key]):
-                config[key] = value_of(key, value, defaults, word)
+            raise ValueError(f"{word}: this config fails, {type(error).__name__}: {error}; options are --KEY=VALUE")
+        changed = {key: value for key, value in names.items() if key[0] != "_" and value is not config.get(key, names)}
+        config |= {key: value_of(key, value, defaults, word) for key, value in changed.items()}
     return config
 
 

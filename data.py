@@ -168,8 +168,7 @@ def open_split(data_dir, split, num_classes=0, resolution="auto", findings=None,
     for path in tqdm(paths or [folder], f"opening {folder}", leave=False, disable=None):
         try:
             sequences.append(Sequence(path, resolution, num_classes, decode))
-            hw, expected = sequences[-1].hw, sequences[0].hw
-            check(hw == expected, f"{path}: frames of {hw}, others {expected}")
+            check(sequences[-1].hw == (hw := sequences[0].hw), f"{path}: frames of {sequences[-1].hw}, others of {hw}")
         except ValueError as error:
             if findings is None:
                 raise
@@ -340,8 +339,7 @@ def batches(loader):
     except (ValueError, RuntimeError) as error:
         error.__traceback__ = loader = None  # workers that a traceback holds on to take 5 s to end
         what = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")  # behind torch's page of traceback
-        hint = "" if isinstance(error, ValueError) else " (memory or /dev/shm short? use fewer num_workers)"
-        raise ValueError(what + hint) from None
+        raise ValueError(what if isinstance(error, ValueError) else f"{what} (memory? use fewer num_workers)") from None
 
 
 def make_loader(data, start=0, num_workers=0, pin_memory=False):
@@ -374,10 +372,10 @@ def main(argv):
         labelled = [boxes for sequence in sequences for boxes in sequence.boxes]
         boxes = np.concatenate([np.zeros(0, BOX_DTYPE), *labelled])
         side = sides[part] = np.sqrt(boxes["w"] * boxes["h"])
-        frames, dropped = sum(s.length for s in sequences), sum(s.dropped for s in sequences)
+        frames, dropped = (sum(getattr(s, key) for s in sequences) for key in ("length", "dropped"))
         print(f"{root / part}: {len(sequences)} sequences of {sequences[0].hw if sequences else '-'} pixels, {frames} "
-              f"frames, {len(labelled)} ({len(labelled) / max(frames, 1):.1%}) with boxes, {len(boxes)} boxes, {dropped} "
-              "without area dropped\n  boxes of class           tiny <16x16  small <32x32  medium <96x96       large")
+              f"frames, {len(labelled)} ({len(labelled) / max(frames, 1):.1%}) with boxes, {len(boxes)} boxes; {dropped}"
+              " dropped\n  boxes of class           tiny <16x16  small <32x32  medium <96x96       large")
         for k in np.unique(boxes["class_id"]):
             counts = np.histogram(side[boxes["class_id"] == k], (0, 16, 32, 96, np.inf))[0]
             print("  {:22}{:14}{:14}{:15}{:12}".format(f"{k} {names[k] if names else ''}", *counts))

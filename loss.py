@@ -42,6 +42,11 @@ def box_iou(a, b):
     return overlap / (a[..., 2] * a[..., 3] + b[..., 2] * b[..., 3] - overlap + 1e-16)
 
 
+def take(x, index):
+    """Rows of x (N, R, C) at index (N, U) of R, frame by frame -> (N, U, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))  # take_along_dim would recompile for each N
+
+
 def candidate_anchors(grid, box, exists):
     """Distinct anchors of each frame that lie near any of its boxes, at most 9 a level and box.
 
@@ -53,8 +58,8 @@ def candidate_anchors(grid, box, exists):
     on_level = grid[:, 2] == stride[:, None]  # (L, A)
     size = torch.where(on_level[..., None], grid[:, :2] + 1, 0).amax(1).long()  # (L, 2) columns, rows
     start = (grid[:, 2] < stride[:, None]).sum(1)  # (L,)
-    near = torch.arange(-1, 2, device=grid.device)
-    cell = (box[:, :, None, :2] / stride[:, None]).floor().long()[..., None] + near  # (N, M, L, 2, 3)
+    # the cells around the box centre, (N, M, L, 2, 3)
+    cell = (box[:, :, None, :2] / stride[:, None]).floor().long()[..., None] + torch.arange(-1, 2, device=grid.device)
     inside = (cell >= 0) & (cell < size[..., None]) & exists[:, :, None, None, None]
     anchor = start[:, None, None] + cell[..., 1, :, None] * size[:, 0, None, None] + cell[..., 0, None, :]
     inside = inside[..., 1, :, None] & inside[..., 0, None, :]  # (N, M, L, 3, 3)
@@ -81,17 +86,13 @@ def assign(prediction, targets):
     valid = valid & (own & exists[:, :, None]).any(1)
     pair = valid[:, None] & exists[:, :, None]
 
-    index = anchor[..., None]
-    iou = box_iou(box[:, :, None], prediction.box_cxcywh.gather(1, index.expand(-1, -1, 4))[:, None])
-    iou = torch.where(pair, iou, 0)
-    K = prediction.cls.shape[-1]
-    probability = (prediction.cls.gather(1, index.expand(-1, -1, K)).sigmoid()
-                   * prediction.obj.gather(1, anchor).sigmoid()[..., None]).sqrt()  # (N, U, K)
+    iou = torch.where(pair, box_iou(box[:, :, None], take(prediction.box_cxcywh, anchor)[:, None]), 0)
+    probability = (take(prediction.cls, anchor).sigmoid()
+                   * take(prediction.obj[..., None], anchor).sigmoid()).sqrt()  # (N, U, K)
     log_no, log_yes = (1 - probability).log().clamp(min=-100), probability.log().clamp(min=-100)
     label = targets[..., :1].long().expand(-1, -1, anchor.shape[1])  # (N, M, U)
     cost_cls = (log_no - log_yes).transpose(1, 2).gather(1, label) - log_no.sum(-1)[:, None]
-    cost = cost_cls - 3 * (iou + 1e-8).log() + 1e6 * ~own
-    cost = torch.where(pair, cost, torch.inf)
+    cost = torch.where(pair, cost_cls - 3 * (iou + 1e-8).log() + 1e6 * ~own, torch.inf)
 
     count = iou.topk(10).values.sum(-1).int().clamp(min=1)  # (N, M) anchors for each box
     rank = torch.arange(10, device=cost.device) < count[..., None]
@@ -126,21 +127,16 @@ def detection_loss(prediction, targets, size_aware=None):
         found = assign(prediction, targets)
         F_matched = found.matched.sum().clamp(min=1)
 
-        index, K = found.anchor[..., None], prediction.cls.shape[-1]
-        target = targets.gather(1, found.box[..., None].expand(-1, -1, 5))  # (N, U, 5)
-        box = prediction.box_cxcywh.gather(1, index.expand(-1, -1, 4))
-        logits = prediction.cls.gather(1, index.expand(-1, -1, K))
-        onehot = F.one_hot(target[..., 0].long(), K).float()
+        target = take(targets, found.box)  # (N, U, 5)
+        box, logits = take(prediction.box_cxcywh, found.anchor), take(prediction.cls, found.anchor)
+        onehot = F.one_hot(target[..., 0].long(), logits.shape[-1]).float()
 
         iou = 1 - box_iou(box, target[..., 1:]) ** 2  # (N, U)
-        if size_aware is not None and "cls" in size_aware.terms:
-            cls = focal_loss(logits, onehot).sum(-1)
-        else:
-            cls = F.binary_cross_entropy_with_logits(logits, onehot * found.iou[..., None], reduction="none").sum(-1)
+        cls = F.binary_cross_entropy_with_logits(logits, onehot * found.iou[..., None], reduction="none").sum(-1)
         if size_aware is not None:
             weight = size_weights(target[..., 3] * target[..., 4], *size_aware[:4])
             iou = weight * iou if "iou" in size_aware.terms else iou
-            cls = weight * cls if "cls" in size_aware.terms else cls
+            cls = weight * focal_loss(logits, onehot).sum(-1) if "cls" in size_aware.terms else cls
         # duplicates of an anchor are unmatched and add nothing
         matched = torch.zeros_like(prediction.obj).scatter_add(1, found.anchor, found.matched.float())
         terms = dict(iou=5 * torch.where(found.matched, iou, 0).sum() / F_matched,

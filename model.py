@@ -20,7 +20,6 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-TOKENS = 60  # attention group size that the default partition split aims at
 Prediction = namedtuple("Prediction", "box_cxcywh obj cls grid")
 
 
@@ -43,47 +42,35 @@ class ModelConfig:
 
     def __post_init__(self):
         self.input_hw, self.fpn_stages = tuple(self.input_hw), tuple(self.fpn_stages)
-        if self.fpn_stages not in [tuple(range(low, high + 1)) for low in (1, 2, 3) for high in range(low + 1, 5)]:
+        if self.fpn_stages not in [tuple(range(low, high)) for low in (1, 2, 3) for high in range(low + 2, 6)]:
             raise ValueError(f"fpn_stages={self.fpn_stages}: expected 2 to 4 neighbours, finest first, like (2, 3, 4)")
         if self.patch_size not in (2, 3, 4) or self.partition_split < 0:
-            raise ValueError(f"patch_size={self.patch_size}, partition_split={self.partition_split}: expected a patch "
-                             f"size of 2, 3 or 4 and a split of 1, 2, ..., or 0 for the default rule")
+            raise ValueError(f"patch_size={self.patch_size} not 2, 3, 4 or partition_split={self.partition_split} < 0")
         if self.embed_dim < 8 or self.embed_dim % 8 or self.dim_head < 1 or self.embed_dim % self.dim_head:
-            raise ValueError(f"embed_dim={self.embed_dim}, dim_head={self.dim_head}: expected an embed_dim that is a "
-                             f"multiple of 8 and of dim_head, like 64 and 32, or 48 and 24")
-
-    @property
-    def strides(self):
-        return tuple(self.patch_size * 2 ** (k - 1) for k in self.fpn_stages)
-
-    @property
-    def part(self):
-        """Tokens (rows, columns) of an attention group."""
-        return tuple(math.ceil(size / (self.patch_size * 8 * self.partition_split)) for size in self.input_hw)
-
-    @property
-    def padded_hw(self):
-        return tuple(tokens * self.patch_size * 8 * self.partition_split for tokens in self.part)
+            raise ValueError(f"embed_dim={self.embed_dim}: expected a multiple of 8 and of dim_head={self.dim_head}")
+        self.strides = tuple(self.patch_size * 2 ** (k - 1) for k in self.fpn_stages)  # of the pyramid's levels
+        self.dims = [self.embed_dim * 2 ** (k - 1) for k in self.fpn_stages]  # their channels
+        unit = self.patch_size * 8 * max(self.partition_split, 1)
+        self.part = tuple(math.ceil(size / unit) for size in self.input_hw)  # token rows, columns of attention groups
+        self.padded_hw = tuple(tokens * unit for tokens in self.part)
 
     def resolved(self):
         """Copy with the partition split decided; ValueError where input size or classes are not known yet."""
         if min(self.input_hw) < 1 or self.num_classes < 1:
             raise ValueError(f"input_hw={self.input_hw}, num_classes={self.num_classes}: expected positive numbers")
         splits = [dataclasses.replace(self, partition_split=split) for split in range(1, 9)]
-        return self if self.partition_split else min(splits, key=lambda c: abs(math.log(math.prod(c.part) / TOKENS)))
+        return self if self.partition_split else min(splits, key=lambda c: abs(math.log(math.prod(c.part) / 60)))
 
 
 @contextmanager
 def frozen_statistics(module):
-    """Batch norms of `module` normalise by the batch as ever, but move a copy of their running statistics."""
-    kept = [(norm, norm._buffers) for norm in module.modules() if hasattr(norm, "running_mean")]
-    for norm, buffers in kept:
-        norm._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+    """Batch norms of `module` normalise by the batch as ever, but their running statistics stay what they are."""
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
-        for norm, buffers in kept:
-            norm._buffers = buffers
+        for buffer, before in kept:
+            buffer.data = before  # in place, autograd would take it for a changed input
 
 
 def recompute(again, module, *args):
@@ -91,10 +78,8 @@ def recompute(again, module, *args):
     if not (again and torch.is_grad_enabled()):
         return module(*args)
     # a compiler recomputes without repeating mutations, and takes no contexts
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    if not torch.compiler.is_compiling():
-        options["context_fn"] = lambda: (nullcontext(), frozen_statistics(module))
-    return checkpoint(module, *args, **options)
+    once = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), frozen_statistics(module))}
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, **once)
 
 
 # ---- backbone
@@ -114,22 +99,17 @@ class PartitionAttention(nn.Module):
         super().__init__()
         self.sizes, self.layout, self.dim_head = {"ph": part[0], "pw": part[1]}, LAYOUT[mode], dim_head
         self.norm1 = nn.LayerNorm(dim, eps=1e-5) if first_norm else nn.Identity()
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.scale1, self.scale2 = (nn.Parameter(torch.full((dim,), 1e-5)) for _ in range(2))  # CaiT, arXiv 2103.17239
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def attend(self, x):
-        qkv = rearrange(self.qkv(x), "g n (heads d) -> g heads n d", d=3 * self.dim_head)  # [q | k | v] per head
-        x = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        return self.proj(rearrange(x, "g heads n d -> g n (heads d)"))
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x):
         groups = {"nh": x.shape[1] // self.sizes["ph"], "nw": x.shape[2] // self.sizes["pw"]}
         x = rearrange(x, f"{self.layout} -> {GROUPS}", **self.sizes)  # stays in groups through attention and MLP
-        x = x + self.scale1 * self.attend(self.norm1(x))
+        qkv = rearrange(self.qkv(self.norm1(x)), "g n (heads d) -> g heads n d", d=3 * self.dim_head)
+        attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # each head: [q | k | v]
+        x = x + self.scale1 * self.proj(rearrange(attended, "g heads n d -> g n (heads d)"))
         x = x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return rearrange(x, f"{GROUPS} -> {self.layout}", **self.sizes, **groups)
 
@@ -153,22 +133,22 @@ class LSTMCell(nn.Module):
 
 
 class Stage(nn.Module):
-    """Downsampling, window and grid attention on all frames at once, then an LSTM over time.
+    """Stage k = 0..3: downsampling, window and grid attention on all frames at once, then an LSTM over time.
 
     x (T, B, C_in, H, W), h and c (B, H/f, W/f, C)  ->  features (T, B, C, H/f, W/f) and the next h and c
     """
 
-    def __init__(self, dim_in, dim, factor, part, dim_head, checkpointing):
+    def __init__(self, config, k):
         super().__init__()
-        self.checkpointing = checkpointing
-        self.conv = nn.Conv2d(dim_in, dim, 2 * factor - 1, stride=factor, padding=factor - 1, bias=False)
+        self.checkpointing, dim, factor = config.checkpointing, config.embed_dim * 2 ** k, 2 if k else config.patch_size
+        self.conv = nn.Conv2d(dim // 2 if k else 20, dim, 2 * factor - 1, factor, padding=factor - 1, bias=False)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.attention = nn.Sequential(PartitionAttention(dim, dim_head, part, "window", first_norm=False),
-                                       PartitionAttention(dim, dim_head, part, "grid", first_norm=True))
+        self.attention = nn.Sequential(*[PartitionAttention(dim, config.dim_head, config.part, mode, mode == "grid")
+                                         for mode in ("window", "grid")])
         self.lstm = LSTMCell(dim)
 
     def forward(self, x, h, c):
-        T, B = x.shape[:2]
+        B = x.shape[1]
         x = self.conv(x.flatten(0, 1))
         dtype = x.dtype  # what autocast computes in
         x = self.norm(x.permute(0, 2, 3, 1))  # (T * B, H, W, C)
@@ -205,8 +185,7 @@ class CSP(nn.Module):
     def __init__(self, dim_in, dim_out, depth):
         super().__init__()
         half = dim_out // 2
-        self.conv1 = Conv(dim_in, half)
-        self.conv2 = Conv(dim_in, half)
+        self.conv1, self.conv2 = Conv(dim_in, half), Conv(dim_in, half)
         self.conv3 = Conv(2 * half, dim_out)
         self.m = nn.Sequential(*[nn.Sequential(Conv(half, half), Conv(half, half, 3)) for _ in range(depth)])
 
@@ -220,10 +199,10 @@ class PAFPN(nn.Module):
     Source: PANet, arXiv 1803.01534, as in YOLOX.
     """
 
-    def __init__(self, dims, depth, checkpointing):
+    def __init__(self, config):
         super().__init__()
-        depth, pairs = round(3 * depth), list(zip(dims, dims[1:]))  # (finer, coarser) widths
-        self.checkpointing = checkpointing
+        depth, pairs = round(3 * config.fpn_depth), list(zip(config.dims, config.dims[1:]))  # (finer, coarser) widths
+        self.checkpointing = config.checkpointing
         self.lateral = nn.ModuleList(Conv(coarse, fine) for fine, coarse in pairs)
         self.top_down = nn.ModuleList(CSP(2 * fine, fine, depth) for fine, _ in pairs)
         self.down = nn.ModuleList(Conv(fine, fine, 3, stride=2) for fine, _ in pairs)
@@ -233,16 +212,15 @@ class PAFPN(nn.Module):
         def run(module, level, x):  # the two finest levels hold most of the activations
             return recompute(self.checkpointing and level < 2, module, x)
 
-        x, laterals, outputs = features[-1], [], []
+        x, laterals = features[-1], []
         for i in reversed(range(len(self.lateral))):
             laterals.append(run(self.lateral[i], i + 1, x))
             x = F.interpolate(laterals[-1], scale_factor=2, mode="nearest-exact")
             x = run(self.top_down[i], i, torch.cat((x, features[i]), dim=1))
-        outputs.append(x)
-        for i in range(len(self.down)):
-            x = run(self.down[i], i, x)
-            x = run(self.bottom_up[i], i + 1, torch.cat((x, laterals.pop()), dim=1))
-            outputs.append(x)
+        outputs = [x]
+        for i, down in enumerate(self.down):
+            x = torch.cat((run(down, i, outputs[-1]), laterals.pop()), dim=1)
+            outputs.append(run(self.bottom_up[i], i + 1, x))
         return outputs
 
 
@@ -277,20 +255,20 @@ class EventTemporalAttention(nn.Module):
         self.channel = nn.Sequential(nn.Linear(dim, max(1, dim // 4)), nn.ReLU(), nn.Linear(max(1, dim // 4), dim))
 
     def forward(self, x, past):
-        T = x.shape[0]
         frames = torch.cat((past.to(x.dtype).transpose(0, 1), x))  # (T + 2, B, C, H, W)
         u = self.bn(self.time(frames.permute(1, 2, 0, 3, 4))).permute(2, 0, 1, 3, 4)  # (T, B, C, H, W)
-        pairs = torch.cat((x, frames[1:T + 1]), dim=2).flatten(0, 1)
+        pairs = torch.cat((x, frames[1:-1]), dim=2).flatten(0, 1)
         m = self.motion(pairs).sigmoid().unflatten(0, x.shape[:2])  # (T, B, 1, H, W)
         v = self.channel(u.mean((-2, -1))).sigmoid()[..., None, None]  # (T, B, C, 1, 1)
-        return x + u * m * v, frames[T:].transpose(0, 1).float()
+        return x + u * m * v, frames[-2:].transpose(0, 1).float()
 
 
 class SmallObjectAttention(nn.Module):
     """Spatial, then temporal attention, then a convolution that joins them: x (T, B, C, H, W), past -> like x, past."""
 
-    def __init__(self, dim, spatial, temporal):
+    def __init__(self, config, level):
         super().__init__()
+        dim, spatial, temporal = config.dims[level], config.attention_spatial, config.attention_temporal
         self.spatial = MultiScaleSpatialAttention(dim) if spatial else nn.Identity()
         self.temporal = EventTemporalAttention(dim) if temporal else None
         self.join = Conv(dim, dim) if spatial and temporal else nn.Identity()
@@ -319,20 +297,18 @@ class ScaleAwareChannelAttention(nn.Module):
 # ---- head and detector
 
 class Head(nn.Module):
-    """Decoupled YOLOX head of one level: x (N, C, H, W) -> (N, H * W, 4 + 1 + K): box offsets, objectness, classes.
+    """Decoupled YOLOX head of one level, 0 the finest: x (N, C, H, W) -> (N, H * W, 4 + 1 + K).
 
-    Source: YOLOX, arXiv 2107.08430. Class and objectness biases start at a probability of 0.01.
+    The last axis holds box offsets, objectness, classes; the latter start at a probability of 0.01.
+    Source: YOLOX, arXiv 2107.08430.
     """
 
-    def __init__(self, dim_in, dim, num_classes, checkpointing):
+    def __init__(self, config, level):
         super().__init__()
-        self.checkpointing = checkpointing
-        self.stem = Conv(dim_in, dim)
-        self.cls_convs = nn.Sequential(Conv(dim, dim, 3), Conv(dim, dim, 3))
-        self.reg_convs = nn.Sequential(Conv(dim, dim, 3), Conv(dim, dim, 3))
-        self.cls_pred = nn.Conv2d(dim, num_classes, 1)
-        self.reg_pred = nn.Conv2d(dim, 4, 1)
-        self.obj_pred = nn.Conv2d(dim, 1, 1)
+        self.checkpointing, dim = config.checkpointing and level < 2, config.dims[-1] // 4
+        self.stem = Conv(config.dims[level], dim)
+        self.cls_convs, self.reg_convs = (nn.Sequential(Conv(dim, dim, 3), Conv(dim, dim, 3)) for _ in range(2))
+        self.cls_pred, self.reg_pred, self.obj_pred = (nn.Conv2d(dim, n, 1) for n in (config.num_classes, 4, 1))
         for pred in (self.cls_pred, self.obj_pred):
             nn.init.constant_(pred.bias, -math.log(99))
 
@@ -354,56 +330,26 @@ class Detector(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config = config.resolved()
-        dims = [config.embed_dim * 2 ** k for k in range(4)]
-        again = config.checkpointing
-        self.stages = nn.ModuleList(
-            Stage(dims[k - 1] if k else 20, dims[k], 2 if k else config.patch_size, config.part, config.dim_head, again)
-            for k in range(config.fpn_stages[-1]))
-        dims = [dims[k - 1] for k in config.fpn_stages]
-        self.fpn = PAFPN(dims, config.fpn_depth, again)
-        self.heads = nn.ModuleList(Head(dim, dims[-1] // 4, config.num_classes, again and level < 2)
-                                   for level, dim in enumerate(dims))
+        self.stages = nn.ModuleList(Stage(config, k) for k in range(config.fpn_stages[-1]))
+        self.fpn = PAFPN(config)
+        self.heads = nn.ModuleList(Head(config, level) for level in range(len(config.fpn_stages)))
         if config.small_object_attention:
-            self.attention = nn.ModuleList(
-                SmallObjectAttention(dim, config.attention_spatial, config.attention_temporal) for dim in dims[:2])
-            self.channel_attention = nn.ModuleList(
-                ScaleAwareChannelAttention(dim, stride) for dim, stride in zip(dims, config.strides))
-        grids = []
-        for stride in config.strides:
-            y, x = torch.meshgrid(*[torch.arange(size // stride) for size in config.padded_hw], indexing="ij")
-            grids.append(torch.stack((x, y, torch.full_like(x, stride)), dim=-1).flatten(0, 1))
-        self.register_buffer("grid", torch.cat(grids).float(), persistent=False)  # (A, 3) cell x, cell y, stride
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)
+            self.attention = nn.ModuleList(SmallObjectAttention(config, level) for level in range(2))
+            self.channel_attention = nn.ModuleList(map(ScaleAwareChannelAttention, config.dims, config.strides))
+        H, W = config.padded_hw
+        cells = [(x, y, stride) for stride in config.strides for y in range(H // stride) for x in range(W // stride)]
+        self.register_buffer("grid", torch.tensor(cells, dtype=torch.float32), persistent=False)  # (A, 3)
+        for p in self.parameters():
+            p.data = p.data.to(memory_format=torch.channels_last) if p.ndim == 4 else p.data
 
     def initial_state(self, B):
         """Zeros for B new streams: h and c (B, H_k, W_k, C_k) per stage, then the attention's past (B, 2, C, H, W)."""
-        config, (H, W) = self.config, self.config.padded_hw
-        maps = [(config.embed_dim * 2 ** k, H // stride, W // stride)
-                for k, stride in enumerate(config.patch_size * 2 ** k for k in range(len(self.stages)))]
+        config, C, patch, (H, W) = self.config, self.config.embed_dim, self.config.patch_size, self.config.padded_hw
+        maps = [(C * f, H // (patch * f), W // (patch * f)) for f in (2 ** k for k in range(len(self.stages)))]
         shapes = [(B, H, W, C) for C, H, W in maps for _ in range(2)]
         if config.small_object_attention and config.attention_temporal:
             shapes += [(B, 2, *maps[k - 1]) for k in config.fpn_stages[:2]]
         return [torch.zeros(shape, device=self.grid.device) for shape in shapes]
-
-    def backbone(self, events, state):
-        """events (T, B, 20, H, W), state -> a feature map (T, B, C, H, W) for each of fpn_stages, next h and c."""
-        (T, B), (H, W) = events.shape[:2], events.shape[-2:]
-        if (H, W) != self.config.input_hw:
-            raise ValueError(f"event frames are {H}x{W} but this detector was built for "
-                             f"{self.config.input_hw[0]}x{self.config.input_hw[1]} (input_hw)")
-        device, (padded_h, padded_w) = events.device.type, self.config.padded_hw
-        dtype = self.stages[0].norm.weight.dtype
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-        x = F.pad(events.flatten(0, 1), (0, padded_w - W, 0, padded_h - H))
-        x = x.to(dtype, memory_format=torch.channels_last).unflatten(0, (T, B))
-        features, following = [], []
-        for k, stage in enumerate(self.stages):
-            x, h, c = stage(x, state[2 * k], state[2 * k + 1])
-            features.append(x)
-            following += [h, c]
-        return [features[k - 1] for k in self.config.fpn_stages], following
 
     def forward(self, events, state=None, frames=None):
         """Predictions for the chosen frames and the state after the last frame.
@@ -415,13 +361,21 @@ class Detector(nn.Module):
         stride) in float32, N = chosen frames in (t, b) order, anchors level by level, finest first, row-major.
         ValueError if the frames are of another size than the detector was built for.
         """
+        config, TB, (H, W), kind = self.config, events.shape[:2], events.shape[-2:], events.device.type
+        if (H, W) != config.input_hw:
+            raise ValueError(f"event frames are {H}x{W} but this detector was built for input_hw={config.input_hw}")
         if frames is not None and frames.dtype == torch.bool:
             frames = frames.flatten().nonzero().flatten().to(events.device, non_blocking=True)
-        state = self.initial_state(events.shape[1]) if state is None else state
-        features, following = self.backbone(events, state)
-        TB, past = events.shape[:2], state[len(following):]
-        features = [f.flatten(0, 1) for f in features]
-        if self.config.small_object_attention:  # it looks back in time, so every frame passes the pyramid
+        state = self.initial_state(TB[1]) if state is None else state
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.stages[0].conv.weight.dtype
+        x = F.pad(events.flatten(0, 1), (0, config.padded_hw[1] - W, 0, config.padded_hw[0] - H))
+        x, maps, following = x.to(dtype, memory_format=torch.channels_last).unflatten(0, TB), [], []
+        for stage, h, c in zip(self.stages, state[::2], state[1::2]):
+            x, h, c = stage(x, h, c)
+            maps.append(x.flatten(0, 1))
+            following += [h, c]
+        features, past = [maps[k - 1] for k in config.fpn_stages], state[len(following):]
+        if config.small_object_attention:  # it looks back in time, so every frame passes the pyramid
             features = self.fpn(features)
             for level, module in enumerate(self.attention):
                 x, new = module(features[level].unflatten(0, TB), past[level] if past else None)
@@ -429,7 +383,7 @@ class Detector(nn.Module):
                 following += [new] if past else []
             features = [module(f) for module, f in zip(self.channel_attention, features)]
         features = [f if frames is None else f.index_select(0, frames) for f in features]
-        features = features if self.config.small_object_attention else self.fpn(features)
+        features = features if config.small_object_attention else self.fpn(features)
         out = torch.cat([head(f) for head, f in zip(self.heads, features)], dim=1).float()  # (N, A, 4 + 1 + K)
         stride = self.grid[:, 2:]
         box = torch.cat(((out[..., :2] + self.grid[:, :2]) * stride, out[..., 2:4].exp() * stride), dim=-1)
@@ -456,9 +410,8 @@ def read_checkpoint(path):
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         what = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint, or truncated"
         if culprit:
-            what = (f"holds more than weights ({culprit[1]}) and is not loaded, since that could run code. If you "
-                    f"trust its source, convert it: python -c \"import torch; c = torch.load('{path}', weights_only="
-                    f"False); torch.save({{'state_dict': c['state_dict']}}, 'converted.ckpt')\"")
+            what = (f"{culprit[1]} in it could run code; if you trust it, convert it: python -c \"import torch; "
+                    f"torch.save(dict(state_dict=torch.load('{path}', weights_only=False)['state_dict']), 'ok.ckpt')\"")
         raise ValueError(f"{path}: {what}") from error
     if not isinstance(found, dict) or not {"model", "model_config"} <= found.keys() and "state_dict" not in found:
         raise ValueError(f"{path}: a file of torch, but no checkpoint of nanoRVT or RVT (no 'model' or 'state_dict')")
@@ -466,22 +419,19 @@ def read_checkpoint(path):
 
 
 RVT_NAMES = [  # (RVT's name, ours) as regular expressions, applied in turn
-    (r"backbone\.", ""), (r"downsample_cf2cl\.", ""), (r"att_blocks\.0\.att_window", "attention.0"),
-    (r"att_blocks\.0\.att_grid", "attention.1"), (r"self_attn\.", ""), (r"ls(\d)\.gamma", r"scale\1"),
-    (r"mlp\.net\.0\.0", "fc1"), (r"mlp\.net\.2", "fc2"), (r"lstm\.conv1x1", "lstm.gates"),
-    (r"lateral_conv0", "lateral.1"), (r"reduce_conv1", "lateral.0"), (r"C3_p4", "top_down.1"), (r"C3_p3", "top_down.0"),
-    (r"bu_conv2", "down.0"), (r"bu_conv1", "down.1"), (r"C3_n3", "bottom_up.0"), (r"C3_n4", "bottom_up.1"),
-    (r"(m\.\d+)\.conv1", r"\1.0"), (r"(m\.\d+)\.conv2", r"\1.1"),
-    (r"yolox_head\.(stem|cls_pred|reg_pred|obj_pred)s\.(\d)", r"heads.\2.\1"),
-    (r"yolox_head\.(cls|reg)_convs\.(\d)", r"heads.\2.\1_convs")]
+    (r"backbone\.|downsample_cf2cl\.|self_attn\.", ""), (r"lstm\.conv1x1", "lstm.gates"), (r"mlp\.net\.0\.0", "fc1"),
+    (r"mlp\.net\.2", "fc2"), (r"att_blocks\.0\.att_window", "attention.0"), (r"att_blocks\.0\.att_grid", "attention.1"),
+    (r"ls(\d)\.gamma", r"scale\1"), (r"lateral_conv0", "lateral.1"), (r"reduce_conv1", "lateral.0"),
+    (r"C3_p4", "top_down.1"), (r"C3_p3", "top_down.0"), (r"C3_n3", "bottom_up.0"), (r"C3_n4", "bottom_up.1"),
+    (r"bu_conv2", "down.0"), (r"bu_conv1", "down.1"), (r"(m\.\d+)\.conv1", r"\1.0"), (r"(m\.\d+)\.conv2", r"\1.1"),
+    (r"yolox_head\.(stem|\w+_pred|\w+_convs)s?\.(\d)", r"heads.\2.\1")]
 
 
 def load_weights(model, weights, where):
     """Copy a state dict into `model`; ValueError names what is missing, left over or of another shape."""
-    own = {key: value.shape for key, value in model.state_dict().items()}
-    given = {key: getattr(value, "shape", None) for key, value in weights.items()}
-    wrong = sorted(f"{key} is {tuple(given[key] or ()) if key in given else 'missing'}, expected "
-                   f"{tuple(own[key]) if key in own else 'nothing'}"
+    own, given = ({key: tuple(value.shape) if torch.is_tensor(value) else type(value) for key, value in found.items()}
+                  for found in (model.state_dict(), weights))
+    wrong = sorted(f"{key} is {given.get(key, 'missing')}, expected {own.get(key, 'nothing')}"
                    for key in own.keys() | given.keys() if own.get(key) != given.get(key))
     if wrong:
         raise ValueError(f"{where}: {len(wrong)} weights do not fit this architecture: {'; '.join(wrong[:3])}")
@@ -504,9 +454,8 @@ def load_rvt(path, **overrides):
                     num_classes=weights["yolox_head.cls_preds.0.weight"].shape[0])
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path}: no checkpoint of RVT: weight {error} is missing") from error
-    renamed = {}
-    for key, value in weights.items():
-        for pattern, name in RVT_NAMES:
-            key = re.sub(pattern, name, key)
-        renamed[key] = value.flatten(1) if "lstm" in key and value.ndim == 4 else value  # a 1x1 convolution is linear
-    return load_weights(Detector(ModelConfig(**told | overrides)), renamed, path)
+    for pattern, name in RVT_NAMES:
+        weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
+    # a 1x1 convolution is linear
+    weights = {key: x.flatten(1) if "lstm" in key and x.ndim == 4 else x for key, x in weights.items()}
+    return load_weights(Detector(ModelConfig(**told | overrides)), weights, path)

@@ -36,35 +36,26 @@ class_names = ()                    # names by class id, for data sets without a
 init_from = "scratch"               # scratch | resume (out_dir/ckpt.pt) | a path to weights, ours or RVT's
 # ---- what a batch is
 sampling = "stream"                 # stream | random | mixed
-mixed_stream = 1.0                  # slots of a mixed batch, stream : random
-mixed_random = 1.0
+mixed_stream, mixed_random = 1.0, 1.0  # slots of a mixed batch, stream : random
 sequence_length = 5                 # T, frames of 50 ms per training step (truncated back-propagation)
 batch_size = 6                      # B, streams in a micro-batch of one process
 gradient_accumulation_steps = 1     # micro-batches in a step, each a group of streams with states of its own
 num_workers = 2                     # loader processes; 0: load in the training process
 flip = 0.5                          # probability of a horizontal flip
-zoom_stream = 0.5                   # probability that a run is zoomed out
-zoom_random = 0.8                   # probability that a random window is zoomed, in or out
-zoom_in_share = 0.8                 # ... and of these the share zoomed in
-zoom_in_max = 1.5                   # factors are drawn between 1 and these
-zoom_out_max = 1.2
+zoom_stream, zoom_random = 0.5, 0.8  # probability that a run is zoomed out; that a random window is, in or out
+zoom_in_share = 0.8                 # ... and of the zoomed windows the share zoomed in
+zoom_in_max, zoom_out_max = 1.5, 1.2  # factors are drawn between 1 and these
 # ---- size-aware loss
-size_aware_loss = False
-size_aware_weight = 2.0             # weight of the smallest boxes
-small_threshold = 1024.0            # area in input pixels^2; 0: the data set's lower tercile
-medium_threshold = 9216.0           # area in input pixels^2; 0: the data set's upper tercile
+size_aware_loss, size_aware_weight = False, 2.0  # on or off; weight of the smallest boxes
+small_threshold, medium_threshold = 1024.0, 9216.0  # areas in input pixels^2; 0: a tercile of the data set's
 weight_type = "exponential"         # exponential | linear | step
 size_aware_terms = ("iou",)         # iou, cls (a focal class term), or both
 # ---- optimiser
 max_steps = 100_000
-learning_rate = 1.7e-4              # peak: RVT's 2e-4 * sqrt(batch / 8)
-weight_decay = 0.0
-grad_clip = 1.0                     # 0: off
-grad_clip_by = "value"              # value (RVT) | norm
+learning_rate, weight_decay = 1.7e-4, 0.0  # peak: RVT's 2e-4 * sqrt(batch / 8)
+grad_clip, grad_clip_by = 1.0, "value"  # value (RVT) | norm; 0: off
 # ---- intervals, in steps
-eval_interval = 3500
-log_interval = 100
-checkpoint_interval = 1000
+eval_interval, log_interval, checkpoint_interval = 3500, 100, 1000
 eval_batch_size = 2
 # ---- machine
 seed = 0
@@ -74,13 +65,10 @@ compile = True                      # torch.compile, on CUDA only
 max_memory_gib = 0.0                # stop when the peak (GPU allocator; on a CPU the process) passes this; 0: never
 # ---- when to give up
 max_bad_steps = 20                  # steps in a row with a non-finite loss or gradient (each is skipped)
-max_loss_ratio = 10.0               # the smoothed loss above this times its minimum ...
-patience = 1000                     # ... for so many steps in a row; 0: never
+max_loss_ratio, patience = 10.0, 1000  # smoothed loss over its minimum, for so many steps in a row; 0 steps: never
 # ---- Weights & Biases, optional
 wandb_log = False
-wandb_project = "nanorvt"
-wandb_group = ""
-wandb_run_name = "run"
+wandb_project, wandb_group, wandb_run_name = "nanorvt", "", "run"
 
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 defaults |= {field.name: field.default for field in dataclasses.fields(ModelConfig)}
@@ -88,23 +76,19 @@ defaults |= {field.name: field.default for field in dataclasses.fields(ModelConf
 LOSSES = ("loss", "iou", "obj", "cls", "num_fg")
 MEANS = (*LOSSES, "grad_norm")  # logged as means over an interval
 MEMORY = "lower batch_size (and raise gradient_accumulation_steps) or sequence_length, or set --checkpointing=True"
-COLUMNS = ("step", *MEANS, "lr", "AP", "AP50", "frames_per_s", "data_wait", "peak_gib")
 
 
 def check(config):
     """ValueError for values that cannot work together, before any work is done."""
     known = {"weight_type": ("exponential", "linear", "step"), "grad_clip_by": ("value", "norm"),
-             "dtype": ("auto", "float32", "bfloat16", "float16")}
+             "dtype": ("auto", "float32", "bfloat16", "float16"),
+             "size_aware_terms": (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou"))}
     counts = ("max_steps", "max_bad_steps", "eval_batch_size", "size_aware_weight")
     for key, value in vars(config).items():
-        if value not in known.get(key, [value]):
-            raise ValueError(f"{key}={value!r}: expected {' or '.join(known[key])}")
-        if (key in counts or key.endswith("_interval")) and value < 1:
-            raise ValueError(f"{key}={value}: expected at least 1")
-    if not set() < set(config.size_aware_terms) <= {"iou", "cls"}:
-        raise ValueError(f"size_aware_terms={config.size_aware_terms}: expected iou, cls or both")
+        if value not in known.get(key, [value]) or (key in counts or key.endswith("_interval")) and value < 1:
+            raise ValueError(f"{key}={value!r}: expected {' or '.join(map(str, known.get(key, ['at least 1'])))}")
     if 0 < config.medium_threshold <= config.small_threshold:
-        raise ValueError(f"small_threshold={config.small_threshold:g}: not below medium, {config.medium_threshold:g}")
+        raise ValueError(f"small_threshold={config.small_threshold:g}: expected less than medium_threshold")
 
 
 def learning_rate_at(step, max_steps, peak):
@@ -174,11 +158,8 @@ def build(config, input_hw, num_classes, checkpoint):
     if "state_dict" not in found:
         model = Detector(ModelConfig(**keys))
         return load_weights(model, found["model"], config.init_from) if found else model
-    model = load_rvt(config.init_from, input_hw=input_hw, **{
-        key: keys[key] for key in ("partition_split", "dim_head", "checkpointing")})
-    if model.config.num_classes != num_classes:
-        raise ValueError(f"{config.init_from}: has {model.config.num_classes} classes, but the data {num_classes}")
-    return model
+    told = ("input_hw", "num_classes", "partition_split", "dim_head", "checkpointing")
+    return load_rvt(config.init_from, **{key: keys[key] for key in told})
 
 
 def size_aware(config):
@@ -223,7 +204,7 @@ def train(config, checkpoint=None):
     if world > 1:
         dist.barrier()
     names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
-    sequences, validation = (data.open_split(config.data_dir, split, len(names)) for split in ("train", "val"))
+    sequences, val = (data.open_split(config.data_dir, split, len(names)) for split in ("train", "val"))
     if not min(config.small_threshold, config.medium_threshold):
         for key, tercile in zip(("small_threshold", "medium_threshold"), data.size_thresholds(sequences)):
             setattr(config, key, getattr(config, key) or tercile)
@@ -240,7 +221,7 @@ def train(config, checkpoint=None):
     parameters = list(model.parameters())
     statistics = [buffer for name, buffer in model.named_buffers() if name != "grid"]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    clip = torch.nn.utils.clip_grad_norm_ if config.grad_clip_by == "norm" else torch.nn.utils.clip_grad_value_
+    clip = getattr(torch.nn.utils, f"clip_grad_{config.grad_clip_by}_")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward, compiled = Forward(model, size_aware(config)), config.compile and cuda
     forward = torch.compile(forward) if compiled else forward
@@ -248,10 +229,13 @@ def train(config, checkpoint=None):
     # where the run stands
     rows, states = [], [model.initial_state(B) for _ in range(groups)]
     at = dict(step=0, best=-1.0, bad=0, smoothed=0.0, lowest=math.inf, above=0, sums=[0.0] * len(MEANS), count=0)
+    at = SimpleNamespace(**checkpoint["progress"] if checkpoint else at)
+    loader = data.make_loader(train_data, at.step * groups, config.num_workers, pin_memory=cuda)
     if checkpoint:
+        torch.set_rng_state(checkpoint["rng"])  # after the loader, which draws from it
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        at, rows, streams = checkpoint["progress"], checkpoint["log"], checkpoint["states"]
+        rows, streams = checkpoint["log"], checkpoint["states"]
         if (had := (len(streams), len(streams[0]), len(streams[0][0][0]))) != (world, groups, B):
             raise ValueError(f"resume: processes, accumulation and batch_size: {had}, now {world, groups, B}")
         states = [[s.to(device) for s in state] for state in streams[rank]]
@@ -266,57 +250,55 @@ def train(config, checkpoint=None):
         f"{train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
     wandb = optional("wandb", "wandb_log=True") if config.wandb_log and rank == 0 else None
     if wandb:
-        names = {"project": config.wandb_project, "group": config.wandb_group, "name": config.wandb_run_name}
-        wandb.init(config=vars(config), **names)
+        named = dict(project=config.wandb_project, group=config.wandb_group, name=config.wandb_run_name)
+        wandb.init(config=vars(config), **named)
 
     def save(name):
-        """Everything that the run is, gathered from all processes, written by the first."""
+        """Everything that the run is, gathered from all processes, written and drawn by the first."""
         streams = [states] * world
         if world > 1:
             dist.all_gather_object(streams, [[s.cpu() for s in state] for state in states])
         if rank == 0:
             write(f"{out}/{name}", dict(
-                model=model.state_dict(), model_config=dataclasses.asdict(model.config), config=vars(config),
-                step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), progress=at, states=streams,
-                log=rows, rng=torch.get_rng_state()))
+                model=model.state_dict(), model_config=dataclasses.asdict(model.config), config=vars(config), log=rows,
+                step=at.step, progress=vars(at), states=streams, optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(), rng=torch.get_rng_state()))
+            draw_curves(f"{out}/curves.png", rows)
 
     stop = [0]  # the signal that asks for it
 
     def on_signal(number, frame):
         stop[0] = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if workers end by it too, torch must not raise within a step
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    loader = data.make_loader(train_data, at["step"] * groups, config.num_workers, pin_memory=cuda)
-    if checkpoint:
-        torch.set_rng_state(checkpoint["rng"])  # after the loader, which draws from it
-    bar = tqdm(total=config.max_steps, initial=at["step"], disable=rank > 0, unit="step", mininterval=1)
-    step, started, waited = at["step"], time.perf_counter(), 0.0
+    bar = tqdm(total=config.max_steps, initial=at.step, disable=rank > 0, unit="step", mininterval=1)
+    started, waited, asked = time.perf_counter(), 0.0, 0.0
     model.train()
     try:
-        while step < config.max_steps and not stop[0]:
-            optimizer.param_groups[0]["lr"] = lr = learning_rate_at(step, config.max_steps, config.learning_rate)
+        while at.step < config.max_steps and not asked:
+            optimizer.param_groups[0]["lr"] = lr = learning_rate_at(at.step, config.max_steps, config.learning_rate)
             before, states_before = [buffer.clone() for buffer in statistics], list(states)
             sums = torch.zeros(len(MEANS) + 2, device=device)  # and: states not finite, told to stop
-            for a in range(groups):
-                waiting = time.perf_counter()
-                batch = next(loader)
-                waited += time.perf_counter() - waiting
-                index = batch.frames.flatten().nonzero().flatten()
-                events, columns, lines, is_first, targets, index = (x.to(device, non_blocking=True) for x in (
-                    batch.events, batch.cols, batch.rows, batch.is_first, batch.targets, index))
-                for tensor in (index, targets) if compiled else ():
+            waiting = time.perf_counter()
+            batches = [next(loader) for _ in range(groups)]  # before anything changes, as it may fail
+            waited += time.perf_counter() - waiting
+            for a, (batch, state) in enumerate(zip(batches, states)):
+                batch = batch._replace(frames=batch.frames.flatten().nonzero().flatten())  # (N,)
+                batch = batch._make(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
+                for tensor in (batch.frames, batch.targets) if compiled else ():
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                events, state = data.augment(events, lines, columns), reset_state(states[a], is_first)
+                events, state = data.augment(batch.events, batch.rows, batch.cols), reset_state(state, batch.is_first)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    losses, states[a] = forward(events, state, index, targets)
+                    losses, states[a] = forward(events, state, batch.frames, batch.targets)
                 # a batch without boxes still runs everything, and weighs nothing
                 scaler.scale(losses["loss"] * (batch.has_boxes / groups)).backward()
                 sums[:5] += torch.stack([losses[key].detach() for key in LOSSES]) / groups
                 sums[6] += sum((~s.isfinite()).any() for s in states[a])
+            sums[7] = float(stop[0] > 0)
             gradients = [p.grad for p in parameters]
             if world > 1:
-                sums[7] = float(stop[0] > 0)
                 flat = torch.cat([x.flatten() for x in (*gradients, sums)])
                 dist.all_reduce(flat)
                 *means, sums = (flat / world).split([x.numel() for x in (*gradients, sums)])
@@ -324,72 +306,72 @@ def train(config, checkpoint=None):
             scaler.unscale_(optimizer)  # what one process overflows, all skip
             sums[5] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             *values, lost, asked = sums.tolist()  # the one synchronisation of a step
-            stop[0] = stop[0] or (signal.SIGTERM if asked else 0)
-            # gradients that overflow float16 are the scaler's business; anything else that is not finite skips the step
+            # gradients that overflow float16 are the scaler's business; all else that is not finite skips the step
             if math.isfinite(sum(values[:5])) and not lost and (math.isfinite(values[5]) or scaler.is_enabled()):
                 if config.grad_clip:
                     clip(parameters, config.grad_clip)
                 scaler.step(optimizer)
-                smoothed = 0.99 * at["smoothed"] + 0.01 * values[0] if at["smoothed"] else values[0]
-                above = at["above"] + 1 if smoothed > config.max_loss_ratio * at["lowest"] else 0
-                at |= dict(bad=0, smoothed=smoothed, lowest=min(at["lowest"], smoothed), above=above,
-                           count=at["count"] + 1, sums=[x + y for x, y in zip(at["sums"], values)])
+                at.smoothed = 0.99 * at.smoothed + 0.01 * values[0] if at.smoothed else values[0]
+                at.above = at.above + 1 if at.smoothed > config.max_loss_ratio * at.lowest else 0
+                at.bad, at.lowest = 0, min(at.lowest, at.smoothed)
+                at.sums, at.count = [x + y for x, y in zip(at.sums, values)], at.count + 1
             else:
-                at["bad"] += 1
+                at.bad += 1
                 wrong = [key for key, x in zip(MEANS, values) if not math.isfinite(x)] + ["state"] * bool(lost)
-                say(f"step {step}: {', '.join(wrong)} not finite, skipped ({at['bad']} in a row)")
+                say(f"step {at.step}: {', '.join(wrong)} not finite, skipped ({at.bad} in a row)")
                 torch._foreach_copy_(statistics, before)
                 states = states_before
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             bar.update()
-            step = at["step"] = at["step"] + 1
-            peak, kept = peak_gib(device), f"; {out}/ckpt.pt is the last good one"
-            if at["bad"] >= config.max_bad_steps:
-                raise ValueError(f"step {step}: {at['bad']} steps in a row were not finite; lower learning_rate{kept}")
-            if 0 < config.patience <= at["above"]:
-                raise ValueError(f"step {step}: the loss diverged to {at['smoothed']:.3g}; lower learning_rate{kept}")
-            if 0 < config.max_memory_gib < peak:
-                raise ValueError(f"step {step}: peak memory of {peak:.2f} GiB passed max_memory_gib; {MEMORY}{kept}")
-            evaluate = step % config.eval_interval == 0 or step == config.max_steps
-            if evaluate or step % config.log_interval == 0:
-                seconds, frames = time.perf_counter() - started, T * B * groups * world * at["count"]
-                row = {key: round(x / max(at["count"], 1), 6) for key, x in zip(MEANS, at["sums"])}
-                row |= dict(step=step, lr=lr, AP="", AP50="", frames_per_s=round(frames / seconds, 2),
-                            data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3))
-                at |= dict(sums=[0.0] * len(MEANS), count=0)
+            at.step, peak = at.step + 1, peak_gib(device)
+            for wrong, what in (
+                    (at.bad >= config.max_bad_steps, f"{at.bad} steps in a row were not finite; lower learning_rate"),
+                    (0 < config.patience <= at.above, f"the loss diverged to {at.smoothed:.3g}; lower learning_rate"),
+                    (0 < config.max_memory_gib < peak, f"a peak of {peak:.2f} GiB passed max_memory_gib; {MEMORY}")):
+                if wrong and not asked:
+                    raise ValueError(f"step {at.step}: {what}; {out}/ckpt.pt is the last good one")
+            evaluate = at.step % config.eval_interval == 0 or at.step == config.max_steps
+            if evaluate or at.step % config.log_interval == 0:
+                seconds, frames = time.perf_counter() - started, T * B * groups * world * at.count
+                means = {key: round(x / max(at.count, 1), 6) for key, x in zip(MEANS, at.sums)}
+                row = dict(step=at.step, **means, lr=lr, AP="", AP50="", frames_per_s=round(frames / seconds, 2),
+                           data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3))
+                at.sums, at.count = [0.0] * len(MEANS), 0
                 rows.append(row)
                 bar.set_postfix(loss=row["loss"], fps=row["frames_per_s"])
                 if evaluate:
                     for buffer in statistics if world > 1 else ():
                         dist.broadcast(buffer, 0)
-                    found = evaluation.run(model, validation, config.eval_batch_size, T, device, dtype)
+                    found = evaluation.run(model, val, config.eval_batch_size, T, device, dtype,
+                                           num_workers=config.num_workers)
                     scores = evaluation.score_boxes(*found, *model.config.input_hw, names)
-                    row |= dict(AP=scores["AP"], AP50=scores["AP50"])
-                    say(f"step {step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (validation, class mean, all boxes)")
+                    row |= {key: scores[key] for key in ("AP", "AP50")}
+                    say(f"step {at.step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (validation, class mean)")
                 if rank == 0:
-                    table = [COLUMNS, *([row[key] for key in COLUMNS] for row in rows)]
+                    table = [row, *(row.values() for row in rows)]  # a dict's keys are the header
                     write(f"{out}/log.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
                 if wandb:
-                    wandb.log({key: x for key, x in row.items() if x != ""}, step=step)
-                if evaluate and row["AP"] > at["best"]:
-                    at["best"] = row["AP"]
+                    wandb.log({key: x for key, x in row.items() if x != ""}, step=at.step)
+                if evaluate and row["AP"] > at.best:
+                    at.best = row["AP"]
                     save("best.pt")
                 started, waited = time.perf_counter(), 0.0
-            if evaluate or stop[0] or step % config.checkpoint_interval == 0:
+            if evaluate or asked or at.step % config.checkpoint_interval == 0:
                 save("ckpt.pt")
-                if rank == 0:
-                    draw_curves(f"{out}/curves.png", rows)
+    except ValueError:
+        if not stop[0] or world > 1:
+            raise
+        save("ckpt.pt")  # the signal ended a loader's workers too, between two steps
     except torch.OutOfMemoryError:
-        raise ValueError(f"step {step}: out of GPU memory with batch_size={B}, sequence_length={T}, patch_size="
-                         f"{config.patch_size}, checkpointing={config.checkpointing}; {MEMORY}") from None
+        raise ValueError(f"step {at.step}: out of memory at batch_size={B}, sequence_length={T}; {MEMORY}") from None
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    go_on = f"stopped at step {step}; go on: python train.py --out_dir={out} --init_from=resume"
-    done = f"done, best AP {at['best']:.4f}; see {out}/curves.png; next: python eval.py --ckpt {out}/best.pt"
-    say(done if step == config.max_steps else go_on)
+    go_on = f"stopped at step {at.step}; go on: python train.py --out_dir={out} --init_from=resume"
+    done = f"done, best AP {at.best:.4f}; see {out}/curves.png; next: python eval.py --ckpt {out}/best.pt"
+    say(done if at.step == config.max_steps else go_on)
     return 130 if stop[0] == signal.SIGINT else 0
 
 
