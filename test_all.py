@@ -1361,6 +1361,19 @@ def test_augmentation_is_constant_along_a_run_and_differs_between_runs(toy_set):
     assert changed > 7  # of 11; in a small frame two zooms may coincide
 
 
+def test_a_streams_view_is_constant_along_a_run_whose_chunks_have_1_2_and_5_boxes(tmp_path):
+    labels = {4 * i + 3: [(2, 2, 20, 16, 0), *[(3.0 * j, 4, 12, 10, 1) for j in range(n - 1)]]
+              for i, n in enumerate((1, 2, 5, 1, 5))}
+    write_sequence(tmp_path / "train" / "a", labels, 20, hw=(48, 64))
+    sequences = open_split(tmp_path, "train")
+    for seed in range(25):
+        train = plan(sequences, batch_size=1, seed=seed, zoom_stream=1.0, zoom_out_max=2.0)
+        batches = [train[k] for k in range(5)]
+        assert [int(b.is_first[0]) for b in batches] == [1, 0, 0, 0, 0]
+        for batch in batches[1:]:
+            assert torch.equal(batch.rows, batches[0].rows) and torch.equal(batch.cols, batches[0].cols), seed
+
+
 def test_frames_emptied_by_a_zoom_make_a_filler(tmp_path):
     # at half resolution to (30.95, 22.95); zoomed out that is beyond the last pixel of the small frame
     boxes = {f: [(61.2, 45.2, 0.7, 0.7, 0)] for f in range(3, 12)}
@@ -2611,7 +2624,7 @@ def test_eval_from_a_checkpoint_alone(tmp_path, capsys):
     with pytest.raises(ValueError, match="another score"):
         evaluation.main(["--compare", str(tmp_path / "run/eval/report.json"), str(tmp_path / "other.json")])
     other = write_prepared(tmp_path / "three", classes=NAMES[:3])
-    with pytest.raises(ValueError, match="num_classes=4, but 3 class names|3 class names, num_classes=4"):
+    with pytest.raises(ValueError, match="num_classes=4, but 3"):
         evaluation.main([f"--ckpt={ckpt}", f"--data_dir={other}"])
     for words, message in ((["--ckpt=nowhere.pt"], "nowhere.pt: no such"), ([f"--ckpt={data / 'dataset.json'}"], "not a checkpoint"),
                            ([f"--ckpt={ckpt}", "--spilt=val"], "did you mean split"), ([f"--ckpt={ckpt}", "--split=val"], "val")):

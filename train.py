@@ -270,7 +270,7 @@ def train(config, checkpoint=None):
     def on_signal(number, frame):
         stop[0] = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if workers end by it too, torch must not raise within a step
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # if workers end by it too, torch must not raise within a step
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     bar = tqdm(total=config.max_steps, initial=at.step, disable=rank > 0, unit="step", mininterval=1)
