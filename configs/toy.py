@@ -2,7 +2,8 @@
 
     python train.py configs/toy.py
 
-Reached: see the README.
+Reached, class mean over all boxes of the test split: AP 6.6, AP50 19.1 (seed 0) and AP 10.4, AP50 23.7 (seed 1), 1,200
+steps on two cores each (8.5 minutes where nothing else runs).
 """
 
 out_dir = "out_toy"
