@@ -2,7 +2,7 @@
 
     python train.py configs/patch3_4scale_sizeaware.py --data_dir=datasets/etram
 
-Frames of 360x640 are padded to 360x648, so that every level is exact: 120x216, 60x108, 30x54, 15x27. The notes hoped for
+Frames of 360x640 are padded to 360x648, so every level is exact: 120x216, 60x108, 30x54, 15x27. The notes hoped for
 a third less memory than patch 2 and report no score. Here: not measured.
 """
 
