@@ -21,7 +21,6 @@ import torch
 
 import train
 from configurator import command_line, configure
-from loss import SizeAware
 from model import keep_buffers
 
 batch_sizes = (1, 2, 4, 6, 8)
@@ -71,10 +70,8 @@ def measure(config, B, device, dtype):
     """Row of the table for one batch size: bytes kept by part, then peak and time of whole training steps."""
     keep_buffers()
     model, T = train.build(config, config.input_hw, config.num_classes, None).to(device).train(), config.sequence_length
-    aware = SizeAware(config.weight_type, config.size_aware_weight, config.small_threshold or 1,
-                      config.medium_threshold or 2, config.size_aware_terms)
-    forward = train.Forward(model, aware if config.size_aware_loss else None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+    forward = train.Forward(model, train.size_aware(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)  # as train.py's
     events, index, targets = made_up(T, B, config.input_hw, config.num_classes, device)
     inputs, seconds = (events, model.initial_state(B), index, targets), []
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -105,6 +102,7 @@ def main(argv):
     device, dtype = train.resolve_device(config)
     config.init_from, config.num_classes = "scratch", config.num_classes or len(config.class_names) or 8
     config.input_hw = config.input_hw if config.input_hw != (0, 0) else (360, 640)
+    config.small_threshold, config.medium_threshold = config.small_threshold or 1.0, config.medium_threshold or 2.0
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     keys = ("input_hw", "sequence_length", "patch_size", "fpn_stages", "steps", "budget_gib")
     facts = {key: getattr(config, key) for key in keys} | dict(device=name, torch=torch.__version__, dtype=str(dtype))
