@@ -24,11 +24,10 @@ from pycocotools.cocoeval import COCOeval
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from configurator import command_line, configure
+from configurator import command_line, configure, reading
 from data import BOX_DTYPE, load_classes, make_loader, open_split
 from loss import box_iou
 from model import Conv, Detector, ModelConfig, keep_buffers, load_rvt, load_weights, read_checkpoint, reset_state
-from prepare import reading
 
 ckpt = "out/ckpt.pt"      # checkpoint of train.py, or a Lightning checkpoint of RVT
 split = "test"            # train, val or test
@@ -105,7 +104,8 @@ class Chunks(SimpleNamespace):
     """Item k: events uint8 (T, B, 20, H, W) of steps[k], a list of (sequence, first frame); zeros behind its end."""
 
     def __getitem__(self, k):
-        events = torch.zeros(self.T, len(self.steps[k]), 20, *self.sequences[0].hw, dtype=torch.uint8)
+        shape = self.T, len(self.steps[k]), 20, *self.sequences[0].hw
+        events = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
         for b, (i, t) in enumerate(self.steps[k]):
             self.sequences[i].read(t, min(t + self.T, self.sequences[i].length), events[:, b].numpy())
         return events
@@ -127,8 +127,8 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
     slots = [[(i, t) for i in order[b::batch_size] for t in spans[i]] for b in range(batch_size)]
     slots.sort(key=len, reverse=True)  # so the batch gets smaller from its end
     steps = [[slot[k] for slot in slots if k < len(slot)] for k in range(len(slots[0]))]
-    chunks = Chunks(sequences=sequences, steps=steps, T=T)
-    loader, state = make_loader(chunks, 0, num_workers, device.type == "cuda"), model.eval().initial_state(batch_size)
+    chunks = Chunks(sequences=sequences, steps=steps, T=T, pin_memory=device.type == "cuda")
+    loader, state = make_loader(chunks, 0, num_workers), model.eval().initial_state(batch_size)
     for step in tqdm(steps, "evaluating", unit=" chunks", leave=False, disable=rank > 0):
         due = sorted((int(sequences[i].label_frames[j]) - t, b, i, j) for b, (i, t) in enumerate(step)
                      for j in range(*np.searchsorted(sequences[i].label_frames, (t, t + T))))

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.lib import recfunctions
 from tqdm import tqdm
 
-from configurator import command_line, configure
+from configurator import command_line, configure, optional, reading
 
 src = "datasets/raw"       # folder with train, val and test (at least one of them) of raw recordings
 dst = "datasets/prepared"  # folder that the prepared sequences go to
@@ -50,16 +49,6 @@ FIRST_LABEL_US, JITTER_US = 100_000, 2_000   # earliest labelled frame; how far 
 MAX_LEAD_US = MAX_WINDOWS = 10_000_000       # a clock that starts later is not filled with windows from 0 on; 139 hours
 BLOCK, UNKNOWN = 1 << 19, 2048               # events read at a time; side that a file leaves open: 11-bit coordinates
 NO_EVENTS = tuple(np.zeros(0, kind) for kind in ("i8", "i4", "i4", "u1"))
-
-
-@contextmanager
-def reading(what):
-    """Whatever a damaged file makes a library raise becomes a ValueError of one line that begins with `what`."""
-    try:
-        yield
-    except Exception as error:
-        hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
-        raise ValueError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}{hint}") from error
 
 
 # ---- recordings. A reader is a generator: first (height, width), 0 where unknown, then blocks (t, x, y, p) as stored
@@ -100,7 +89,7 @@ def read_dat(recording):
 
 def read_faery(recording):
     """EVT2, EVT3 (.raw with a header; .evt2, .evt3 without), AEDAT4, Event Stream, by the optional package faery."""
-    import faery
+    faery = optional("faery", "this format")
     kind = recording.path.suffix.lower()[1:]
     bare = {"file_type": "evt", "version_fallback": kind} if kind in ("evt2", "evt3") else {}
     stream = faery.events_stream_from_file(recording.path, dimensions_fallback=(UNKNOWN, UNKNOWN), **bare)

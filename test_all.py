@@ -1403,16 +1403,6 @@ def test_an_error_in_a_worker_is_one_line_that_names_the_file(tmp_path):
         assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
 
 
-def test_a_worker_that_dies_is_one_line(toy_set):
-    class Killed(TrainData):
-        def __getitem__(self, index):  # what torch raises then, without its wait of 5 s
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.\nIt is possible that ...")
-
-    with pytest.raises(ValueError, match="shm") as error:
-        next(make_loader(Killed(toy_set, seed=0, sampling="stream", sequence_length=4, batch_size=1)))
-    assert "\n" not in str(error.value)
-
-
 def test_missing_files_and_inconsistent_arrays_name_the_file(tmp_path):
     def attempt(name, change):
         path = tmp_path / name / "train" / "s"

@@ -40,7 +40,7 @@ mixed_stream, mixed_random = 1.0, 1.0  # slots of a mixed batch, stream : random
 sequence_length = 5                 # T, frames of 50 ms per training step (truncated back-propagation)
 batch_size = 6                      # B, streams in a micro-batch of one process
 gradient_accumulation_steps = 1     # micro-batches in a step, each a group of streams with states of its own
-num_workers = 2                     # loader processes; 0: load in the training process
+num_workers = 4                     # threads that load ahead; 0: load when a step needs it
 flip = 0.5                          # probability of a horizontal flip
 zoom_stream, zoom_random = 0.5, 0.8  # probability that a run is zoomed out; that a random window is, in or out
 zoom_in_share = 0.8                 # ... and of the zoomed windows the share zoomed in
@@ -210,7 +210,7 @@ def train(config, checkpoint=None):
             setattr(config, key, getattr(config, key) or tercile)
         check(config)
     groups, B, T = config.gradient_accumulation_steps, config.batch_size, config.sequence_length
-    train_data = data.TrainData(sequences, rank=rank, world_size=world, **{
+    train_data = data.TrainData(sequences, rank=rank, world_size=world, pin_memory=cuda, **{
         key: getattr(config, key) for key in inspect.signature(data.TrainData).parameters if hasattr(config, key)})
 
     # model, optimiser
@@ -230,9 +230,9 @@ def train(config, checkpoint=None):
     rows, states = [], [model.initial_state(B) for _ in range(groups)]
     at = dict(step=0, best=-1.0, bad=0, smoothed=0.0, lowest=math.inf, above=0, sums=[0.0] * len(MEANS), count=0)
     at = SimpleNamespace(**checkpoint["progress"] if checkpoint else at)
-    loader = data.make_loader(train_data, at.step * groups, config.num_workers, pin_memory=cuda)
+    loader = data.make_loader(train_data, at.step * groups, config.num_workers)
     if checkpoint:
-        torch.set_rng_state(checkpoint["rng"])  # after the loader, which draws from it
+        torch.set_rng_state(checkpoint["rng"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         rows, streams = checkpoint["log"], checkpoint["states"]
@@ -270,7 +270,6 @@ def train(config, checkpoint=None):
     def on_signal(number, frame):
         stop[0] = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # if workers end by it too, torch must not raise within a step
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     bar = tqdm(total=config.max_steps, initial=at.step, disable=rank > 0, unit="step", mininterval=1)
@@ -359,10 +358,6 @@ def train(config, checkpoint=None):
                 started, waited = time.perf_counter(), 0.0
             if evaluate or asked or at.step % config.checkpoint_interval == 0:
                 save("ckpt.pt")
-    except ValueError:
-        if not stop[0] or world > 1:
-            raise
-        save("ckpt.pt")  # the signal ended a loader's workers too, between two steps
     except torch.OutOfMemoryError:
         raise ValueError(f"step {at.step}: out of memory at batch_size={B}, sequence_length={T}; {MEMORY}") from None
     finally:
