@@ -7,8 +7,6 @@ and with --boxes the detections in Prophesee's box format.
     python demo.py --ckpt out/ckpt.pt --recording drive.raw --out drive.gif --boxes drive_bbox.npy
 """
 
-import os
-import struct
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,16 +22,11 @@ from model import keep_buffers, read_checkpoint
 from prepare import WINDOW_US, histogram, open_recording, windows
 from train import resolve_device
 
-ckpt = "out/ckpt.pt"  # checkpoint of train.py, or of RVT
-recording = ""        # .h5 .hdf5 .dat .raw .evt2 .evt3 ..., or the folder of a prepared sequence
-out = "out/demo.gif"  # video, .gif or .mp4, in real time
-boxes = ""            # detections in pixels of the sensor, .npy; empty: none
-confidence = 0.3      # least p_obj * p_cls of a detection; its score in the video and in the file
-height = 0            # px, of a recording that does not tell its size
-width = 0
-device = "auto"       # auto, cpu, cuda, cuda:1
-dtype = "float32"     # float32, bfloat16 or float16
-class_names = ()      # for checkpoints without names
+# Of train.py or RVT; .h5 .hdf5 .dat .raw .evt2 .evt3 ..., or the folder of a prepared sequence; video, .gif or .mp4, in
+# real time; detections in pixels of the sensor, .npy, empty: none.
+ckpt, recording, out, boxes = "out/ckpt.pt", "", "out/demo.gif", ""
+confidence, height, width = 0.3, 0, 0  # least p_obj * p_cls, the score in video and file; px, if a recording tells none
+class_names, device, dtype = (), "auto", "float32"  # for checkpoints without names; also cpu, cuda:1; bfloat16, float16
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
 BACKGROUND, COLOURS = (20, 22, 28), ((90, 150, 255), (255, 140, 40))  # of negative and of positive events
@@ -52,8 +45,8 @@ def draw(events, detections, class_names, truth=()):
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((W * scale, H * scale), Image.NEAREST)
     canvas = ImageDraw.Draw(image)
     for k, box in enumerate((*truth, *detections)):
-        edges = np.array((box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"])) * scale
-        edges = np.nan_to_num(edges).clip(0, (W * scale - 1, H * scale - 1) * 2).tolist()
+        edges = np.nan_to_num([box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]]) * scale
+        edges = edges.clip(0, (W * scale - 1, H * scale - 1) * 2).tolist()
         colour = PALETTE[box["class_id"] % len(PALETTE)] if k >= len(truth) else "white"
         canvas.rectangle(edges, outline=colour, width=2 if k >= len(truth) else 1)
         text = f"{class_names[box['class_id']]} {box['class_confidence']:.2f}" if k >= len(truth) else ""
@@ -67,15 +60,13 @@ def open_frames(path, input_hw, height=0, width=0):
     path: a recording, or the folder of a prepared sequence. A recording about twice as wide as input_hw, the detector's
     input, is read at half resolution, as in training: then scale is 2, pixels of the sensor for one of the frame.
     """
-    if os.path.isdir(path):
-        sequence = Sequence(path)
-        frames = ((int(t), sequence.read(k, k + 1)[0]) for k, t in enumerate(sequence.timestamps_us))
-        return sequence.hw, 1, sequence.length, frames
-    recording = open_recording(path, height, width)
-    H, W = recording.height, recording.width
+    if Path(path).is_dir():
+        file = Sequence(path)
+        return file.hw, 1, file.length, ((int(t), file.read(k, k + 1)[0]) for k, t in enumerate(file.timestamps_us))
+    file = open_recording(path, height, width)
+    H, W = file.height, file.width
     scale, how = (2, "nearest") if W >= 1.5 * input_hw[1] else (1, "none")
-    counts = (histogram(*events, H, W, how) for events in windows(recording))
-    frames = ((recording.first_us + k * WINDOW_US, frame) for k, frame in enumerate(counts, 1))
+    frames = ((file.first_us + k * WINDOW_US, histogram(*chunk, H, W, how)) for k, chunk in enumerate(windows(file), 1))
     return (H // scale, W // scale), scale, None, frames
 
 
@@ -87,7 +78,7 @@ def open_video(path, size, stack):
         writer.send(None)
         return lambda picture: writer.send(picture.tobytes())
     file = stack.enter_context(open(path, "wb"))
-    file.write(struct.pack("<6sHHBBB", b"GIF89a", *size, 0, 0, 0) + b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0")
+    file.write(b"GIF89a" + np.array(size, "<u2").tobytes() + b"\0\0\0!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0")
     stack.callback(file.write, b";")
     return lambda picture: file.writelines(GifImagePlugin.getdata(
         picture.quantize(256, Image.Quantize.FASTOCTREE), duration=50, include_color_table=True))
@@ -105,14 +96,13 @@ def main(argv):
     names = config.class_names or saved.get("config", {}).get("class_names", ())
     names = [*names, *map(str, range(len(names), model.config.num_classes))]
     detector = StreamDetector(model, dtype, confidence=config.confidence, score="obj*cls")
-    paths = [Path(name) for name in (config.out, config.boxes) if name]
-    parts = [path.with_name(f".partial-{path.name}") for path in paths]
+    pairs = [(Path(x), Path(x).with_name(f".partial-{Path(x).name}")) for x in (config.out, config.boxes) if x]
     with ExitStack() as cleaning:
-        for part in parts:
-            part.parent.mkdir(parents=True, exist_ok=True)
+        for path, part in pairs:
+            path.parent.mkdir(parents=True, exist_ok=True)
             cleaning.callback(part.unlink, missing_ok=True)
         with ExitStack() as stack:
-            append = open_video(parts[0], draw(np.zeros((20, *hw), np.uint8), (), names).size, stack)
+            append = open_video(pairs[0][1], draw(np.zeros((20, *hw), np.uint8), (), names).size, stack)
             for t_us, frame in tqdm(frames, "detecting", total, unit=" frames"):
                 found.append(detector(frame, t_us))
                 append(draw(frame, found[-1], names))
@@ -122,8 +112,8 @@ def main(argv):
         for name in "xywh":
             found[name] *= scale
         if config.boxes:
-            np.save(parts[1], found)
-        for part, path in zip(parts, paths):
+            np.save(part, found)
+        for path, part in pairs:
             part.replace(path)
     print(f"{config.out}: frames of {hw}, trained on {trained_hw}; ms a frame: {detector.speed()}")
 

@@ -2045,10 +2045,10 @@ def test_what_stands_still_causes_no_events():
     car.box[60:, 0] = car.box[59, 0]
     threshold = np.full(48 * 64, 0.2, "f4")
     pixel = SimpleNamespace(on=threshold, off=threshold, leak=0 * threshold, noise=0, hot=np.zeros(0, int), hot_rate=0)
-    rng, before = np.random.default_rng(0), simulate.render(scene, [car], 0).ravel()
+    rng, before = np.random.default_rng(0), simulate.render(scene, [car], 0)[0].ravel()
     level, last_us, counts = before.copy(), np.full(48 * 64, -1e9), []
     for step in range(1, 120):
-        image = simulate.render(scene, [car], step).ravel()
+        image = simulate.render(scene, [car], step)[0].ravel()
         t, where, p = simulate.make_events(rng, image, before, level, last_us, pixel, step - 1)
         assert (np.diff(t) >= 0).all()
         assert (t >= (step - 1) * 1e6 / simulate.FPS - 1).all() and (t < step * 1e6 / simulate.FPS).all()
@@ -2080,9 +2080,7 @@ def test_hidden_unmoved_and_tiny_things_have_no_label():
     car.box[:] = (10, 20, 16, 8, 0)
 
     def labels(things, step):
-        owner = np.full((48, 64), -1, np.int64)
-        simulate.render(scene, things, step, owner)
-        return simulate.labels_at(things, step, owner, options)
+        return list(simulate.labels_at(things, step, simulate.render(scene, things, step)[1], options))
 
     car.pace[:] = 0
     assert labels([car], 0) == []  # it stands and always did
