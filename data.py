@@ -310,18 +310,18 @@ def pad_targets(frames):
     return targets
 
 
-def make_loader(data, start=0, num_workers=0):
-    """Endless iterator over data[start], data[start + 1], ..., in order; `num_workers` threads work ahead of it.
+def make_loader(item, start=0, num_workers=0):
+    """Endless iterator over item(start), item(start + 1), ..., in order; `num_workers` threads work ahead of it.
 
     Threads, for what takes time (reading, decompressing, copying) lets go of Python's lock, and no batch is copied from
     one process to another: 4.6 MB a frame of 20x360x640 take longer than decoding it (2 cores, 2026-11).
     """
     if not num_workers:
-        yield from map(data.__getitem__, itertools.count(start))
+        yield from map(item, itertools.count(start))
     pool, ahead = ThreadPoolExecutor(num_workers), deque()
     try:
         for k in itertools.count(start):
-            ahead.append(pool.submit(data.__getitem__, k))
+            ahead.append(pool.submit(item, k))
             if len(ahead) > 2 * num_workers:
                 yield ahead.popleft().result()
     finally:

@@ -100,17 +100,6 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
 
 # ---- streams
 
-class Chunks(SimpleNamespace):
-    """Item k: events uint8 (T, B, 20, H, W) of steps[k], a list of (sequence, first frame); zeros behind its end."""
-
-    def __getitem__(self, k):
-        shape = self.T, len(self.steps[k]), 20, *self.sequences[0].hw
-        events = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
-        for b, (i, t) in enumerate(self.steps[k]):
-            self.sequences[i].read(t, min(t + self.T, self.sequences[i].length), events[:, b].numpy())
-        return events
-
-
 @torch.inference_mode()
 def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch.float32, num_workers=0, **options):
     """Labels and detections of every labelled frame: two lists of structured arrays, by sequence name, then by frame.
@@ -127,8 +116,16 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
     slots = [[(i, t) for i in order[b::batch_size] for t in spans[i]] for b in range(batch_size)]
     slots.sort(key=len, reverse=True)  # so the batch gets smaller from its end
     steps = [[slot[k] for slot in slots if k < len(slot)] for k in range(len(slots[0]))]
-    chunks = Chunks(sequences=sequences, steps=steps, T=T, pin_memory=device.type == "cuda")
-    loader, state = make_loader(chunks, 0, num_workers), model.eval().initial_state(batch_size)
+
+    def read(k):
+        """Events (T, B, 20, H, W) uint8 of step k, zeros behind the end of a sequence."""
+        shape, pinned = (T, len(steps[k]), 20, *sequences[0].hw), device.type == "cuda"
+        events = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
+        for b, (i, t) in enumerate(steps[k]):
+            sequences[i].read(t, min(t + T, sequences[i].length), events[:, b].numpy())
+        return events
+
+    loader, state = make_loader(read, 0, num_workers), model.eval().initial_state(batch_size)
     for step in tqdm(steps, "evaluating", unit=" chunks", leave=False, disable=rank > 0):
         due = sorted((int(sequences[i].label_frames[j]) - t, b, i, j) for b, (i, t) in enumerate(step)
                      for j in range(*np.searchsorted(sequences[i].label_frames, (t, t + T))))

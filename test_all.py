@@ -1185,7 +1185,7 @@ def test_the_plan_is_the_same_for_any_number_of_workers_and_any_start(toy_set):
     train = plan(toy_set, sampling="mixed", batch_size=3)
     expected = [train[k] for k in range(5, 11)]
     for workers, start in ((0, 5), (1, 5), (3, 5), (0, 7), (2, 8)):
-        loader = make_loader(plan(toy_set, sampling="mixed", batch_size=3), start, workers)
+        loader = make_loader(plan(toy_set, sampling="mixed", batch_size=3).__getitem__, start, workers)
         for batch in expected[start - 5:]:
             got = next(loader)
             assert type(got) is data.Batch and same_batch(got, batch)
@@ -1396,7 +1396,7 @@ def test_an_error_in_a_worker_is_one_line_that_names_the_file(tmp_path):
     content[at:at + 200] = bytes(200)
     Path(sequences[0].file).write_bytes(content)
     for workers in (0, 1):
-        loader = make_loader(plan(sequences), 0, workers)
+        loader = make_loader(plan(sequences).__getitem__, 0, workers)
         with pytest.raises(ValueError, match=r"s0/event.*frame 9 does not decode") as error:
             for _ in range(9):
                 next(loader)

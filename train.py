@@ -230,7 +230,7 @@ def train(config, checkpoint=None):
     rows, states = [], [model.initial_state(B) for _ in range(groups)]
     at = dict(step=0, best=-1.0, bad=0, smoothed=0.0, lowest=math.inf, above=0, sums=[0.0] * len(MEANS), count=0)
     at = SimpleNamespace(**checkpoint["progress"] if checkpoint else at)
-    loader = data.make_loader(train_data, at.step * groups, config.num_workers)
+    loader = data.make_loader(train_data.__getitem__, at.step * groups, config.num_workers)
     if checkpoint:
         torch.set_rng_state(checkpoint["rng"])
         optimizer.load_state_dict(checkpoint["optimizer"])
