@@ -12,7 +12,8 @@ import json
 import math
 import multiprocessing
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+import signal
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -360,12 +361,19 @@ def prepare_sequence(job):
 
 
 def run_jobs(function, jobs, num_workers):
-    """Yield function(job) for each job in order: done here, or with num_workers > 0 in that many processes."""
+    """Yield function(job) for each job in order: done here, or with num_workers > 0 in that many processes.
+
+    ValueError if a process dies.
+    """
     if num_workers < 1:
         yield from map(function, jobs)
     else:
-        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as pool:
-            yield from pool.map(function, jobs)
+        end = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # by Ctrl-C, at once and in silence
+        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), *end) as pool:
+            try:
+                yield from pool.map(function, jobs)
+            except BrokenExecutor as error:
+                raise ValueError("a process died, of too little memory? Choose fewer num_workers") from error
 
 
 # ---- data sets

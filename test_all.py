@@ -1859,6 +1859,26 @@ def test_two_processes_write_what_one_writes(tmp_path):
     assert (tmp_path / "0" / "dataset.json").read_text() == (tmp_path / "2" / "dataset.json").read_text()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_preparation_and_simulation_at_once_and_in_silence(workers, tmp_path):
+    raw = raw_set(tmp_path / "raw", events=some_events(100_000, 100_000_000), names=[f"s{k}" for k in range(30)])
+    for argv, begun in ((["prepare.py", f"--src={raw}", f"--dst={tmp_path}/out"], "out/.partial/*"),
+                        (["simulate.py", f"--dst={tmp_path}/simulated", "--seconds=200"], "simulated/*")):
+        process = subprocess.Popen([sys.executable, ROOT / argv[0], *argv[1:], f"--num_workers={workers}"], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        while process.poll() is None and not list(tmp_path.glob(begun)):
+            time.sleep(0.05)
+        time.sleep(2 if workers else 0.2)  # until every worker is at work
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=10)
+        assert process.returncode == 130 and "Traceback" not in output, output
+
+
+def test_a_process_that_dies_ends_preparation_in_one_line():
+    with pytest.raises(ValueError, match="a process died.*num_workers"):
+        list(prepare.run_jobs(os._exit, [1, 2], 1))
+
+
 def test_a_damaged_file_is_named_and_does_not_stop_the_others(tmp_path):
     raw = raw_set(tmp_path / "raw", some_labels([100_000, 200_000]), names=("a", "b", "c", "d"))
     (raw / "train" / "a_td.h5").write_bytes((raw / "train" / "a_td.h5").read_bytes()[:3000])
@@ -1952,6 +1972,16 @@ def test_a_recording_damaged_within_tells_how_much_could_be_read(tmp_path, monke
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"a_td.h5, after 3000 events up to {t[2999]} us: "):
         list(prepare.open_recording(path, 48, 64).chunks())
+
+
+def test_a_chunk_of_a_recording_whose_header_lies_about_its_sizes_is_refused(tmp_path):
+    whole = raw_recordings(tmp_path / "whole")["a_td.h5"]
+    with h5py.File(tmp_path / "whole" / "a_td.h5") as file:
+        at = file["events/y"].id.get_chunk_info(1).byte_offset
+    for place in (4, 12):  # bytes of the events, bytes of the chunk
+        (tmp_path / "a.h5").write_bytes(whole[:at + place] + b"xxxx" + whole[at + place + 4:])
+        with pytest.raises(ValueError, match="a.h5.*sizes of a chunk are damaged, events from 1000"):
+            list(prepare.open_recording(tmp_path / "a.h5").chunks())
 
 
 def test_a_format_that_needs_faery_names_the_package(tmp_path, monkeypatch):
