@@ -12,7 +12,7 @@ import difflib
 import importlib
 import os
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -69,6 +69,15 @@ def configure(defaults, argv):
 def dump(config):
     """The config as Python source that `configure` reads back."""
     return "".join(f"{key} = {value!r}\n" for key, value in config.items())
+
+
+@contextmanager
+def reading(what):
+    """Whatever is raised inside, by libraries for damaged files say, becomes a ValueError of one line about `what`."""
+    try:
+        yield
+    except Exception as error:  # numpy, zipfile, zlib, json and h5py raise a dozen kinds
+        raise ValueError(f"{what}: {' '.join(str(error).split()) or repr(error)}") from error
 
 
 def optional(package, what):

@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from configurator import command_line, configure, dump, optional
+from configurator import command_line, configure, dump, optional, reading
 from loss import SizeAware, detection_loss
 from model import Detector, ModelConfig, keep_buffers, load_rvt, load_weights, read_checkpoint, reset_state
-from prepare import reading
 from simulate import ensure_toy
 
 # ---- files
