@@ -89,9 +89,14 @@ def optional(package, what):
 
 
 def command_line(main):
-    """Run main(argv); a user's mistake (ValueError, OSError) ends in one line. NANORVT_TRACEBACK=1 shows where."""
+    """Run main(argv); a user's mistake (ValueError, OSError) ends in one line, Ctrl-C in status 130 without any.
+
+    NANORVT_TRACEBACK=1 shows where the mistake was found.
+    """
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as error:
         if os.environ.get("NANORVT_TRACEBACK"):
             raise

@@ -20,6 +20,8 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from configurator import reading
+
 Prediction = namedtuple("Prediction", "box_cxcywh obj cls grid")
 
 
@@ -413,7 +415,8 @@ def read_checkpoint(path):
             what = (f"{culprit[1]} in it could run code; if you trust it, convert it: python -c \"import torch; "
                     f"torch.save(dict(state_dict=torch.load('{path}', weights_only=False)['state_dict']), 'ok.ckpt')\"")
         raise ValueError(f"{path}: {what}") from error
-    if not isinstance(found, dict) or not {"model", "model_config"} <= found.keys() and "state_dict" not in found:
+    parts = {key for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else set()
+    if not {"model", "model_config"} <= parts and "state_dict" not in parts or "config" in found.keys() - parts:
         raise ValueError(f"{path}: a file of torch, but no checkpoint of nanoRVT or RVT (no 'model' or 'state_dict')")
     return found
 
@@ -435,7 +438,8 @@ def load_weights(model, weights, where):
                    for key in own.keys() | given.keys() if own.get(key) != given.get(key))
     if wrong:
         raise ValueError(f"{where}: {len(wrong)} weights do not fit this architecture: {'; '.join(wrong[:3])}")
-    model.load_state_dict(weights)
+    with reading(where):
+        model.load_state_dict(weights)
     return model
 
 

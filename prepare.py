@@ -9,9 +9,11 @@ Out: DST/{train,val,test}/NAME/{event_representations_v2,labels_v2}/..., DST/dat
 
 import itertools
 import json
+import math
 import multiprocessing
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+import signal
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,12 +48,22 @@ LABEL = np.dtype([("t", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", 
                   ("track_id", "<u4"), ("class_confidence", "<f4")])
 BINS, MAX_COUNT, WINDOW_US = 10, 10, 50_000  # time bins a polarity; largest count stored; length of a window
 FIRST_LABEL_US, JITTER_US = 100_000, 2_000   # earliest labelled frame; how far off the label grid a label may be
-MAX_LEAD_US = MAX_WINDOWS = 10_000_000       # a clock that starts later is not filled with windows from 0 on; 139 hours
+MAX_LEAD_US, MAX_WINDOWS = 10_000_000, 10**6  # a clock that starts later is not filled with windows from 0 on; 14 hours
+MAX_GAP_US = 600_000_000                     # without events: sensors are noisy, so such a time is damaged
 BLOCK, UNKNOWN = 1 << 19, 2048               # events read at a time; side that a file leaves open: 11-bit coordinates
 NO_EVENTS = tuple(np.zeros(0, kind) for kind in ("i8", "i4", "i4", "u1"))
 
 
 # ---- recordings. A reader is a generator: first (height, width), 0 where unknown, then blocks (t, x, y, p) as stored
+
+def check_chunks(column, start, stop):
+    """ValueError where Blosc chunks lie about their sizes (README_CHUNK_FORMAT.rst of c-blosc 1): HDF5 would crash."""
+    step, size = column.chunks[0], math.prod(column.chunks) * column.dtype.itemsize
+    for at in range(start - start % step, min(stop, len(column)), step):
+        mask, chunk = column.id.read_direct_chunk((at,) + (0,) * (column.ndim - 1))
+        if [size, len(chunk)] != ([size] * 2 if mask else np.frombuffer(chunk, "<u4", 4)[1::2].tolist()):
+            raise ValueError(f"sizes of a chunk are damaged, events from {at}")
+
 
 def read_h5(recording):
     """HDF5 with t, x, y, p in a group `events` or `CD/events`, height and width as scalars or attributes."""
@@ -67,8 +79,11 @@ def read_h5(recording):
         step = -(-BLOCK // chunk) * chunk  # whole chunks, so that none is decompressed twice
         offset = int(file["t_offset"][()]) if "t_offset" in file else 0  # DSEC's
         for i in range(0, min(map(len, columns)), step):
-            t, x, y, p = (column[i:i + step].ravel() for column in columns)
-            yield t.astype(np.int64) + offset, x, y, p
+            for column in columns:
+                if hdf5plugin.BLOSC_ID in column.filter_ids[-1:]:
+                    check_chunks(column, i, i + step)
+            t, x, y, p = np.broadcast_arrays(*(column[i:i + step].ravel() for column in columns))
+            yield t.astype(np.int64) + offset, x, y, p > 0
 
 
 def read_dat(recording):
@@ -141,6 +156,9 @@ class Recording:
                     raise ValueError(f"most events lie off {self.height} x {self.width} px: damaged? Another sensor?")
                 if len(t):
                     raised = np.maximum(np.maximum.accumulate(t), self.last_us if self.events else t[0])
+                    gap = np.diff(raised, prepend=self.last_us if self.events else raised[0]).view(np.uint64).max()
+                    if gap > MAX_GAP_US:
+                        raise ValueError(f"no events for {gap // 10**6} s: a damaged time?")
                     self.backwards += int(np.count_nonzero(raised > t))
                     self.first_us = self.first_us if self.events else int(t[0])
                     self.events, self.last_us = self.events + len(t), int(raised[-1])
@@ -163,6 +181,8 @@ def windows(recording, ends_us=None):
             new = next(chunks, NO_EVENTS)
             more, first = len(new[0]) > 0, np.searchsorted(events[0], end - WINDOW_US, side="left")
             events = tuple(np.concatenate((old[first:], column)) for old, column in zip(events, new))
+        if not more and ends_us is not None and ends_us[-1] - recording.last_us > MAX_GAP_US:
+            raise ValueError(f"{recording.path} ends at {recording.last_us} us, its labels at {ends_us[-1]}")
         if ends_us is None and not more and (recording.last_us <= end - WINDOW_US or not recording.events):
             return
         first, last = (np.searchsorted(events[0], *edge) for edge in ((end - WINDOW_US, "left"), (end, "right")))
@@ -281,7 +301,8 @@ def write_sequence(files, train, folder, options):
     boxes, first = boxes[np.isin(boxes["t"], frames)], next(recording.chunks(), None)
     if not len(frames) and ("labels" in files or first is None):
         return size, ", ".join(["no labels left", *(f"{number} {what}" for what, number in found.items() if number)])
-    ends = window_ends(frames, spacing_us, int(first[0][0]) if first else 0) if len(frames) else None
+    with reading(files.get("labels")):
+        ends = window_ends(frames, spacing_us, int(first[0][0]) if first else 0) if len(frames) else None
     target = folder / "event_representations_v2" / f"stacked_histogram_dt=50_nbins={BINS}"
     target.mkdir(parents=True)
     half, empty = int(options.downsample != "none"), 0
@@ -329,12 +350,19 @@ def prepare_sequence(job):
 
 
 def run_jobs(function, jobs, num_workers):
-    """Yield function(job) for each job in order: done here, or with num_workers > 0 in that many processes."""
+    """Yield function(job) for each job in order: done here, or with num_workers > 0 in that many processes.
+
+    ValueError if a process dies.
+    """
     if num_workers < 1:
         yield from map(function, jobs)
     else:
-        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as pool:
-            yield from pool.map(function, jobs)
+        end = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # by Ctrl-C, at once and in silence
+        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), *end) as pool:
+            try:
+                yield from pool.map(function, jobs)
+            except BrokenExecutor as error:
+                raise ValueError("a process died, of too little memory? Choose fewer num_workers") from error
 
 
 # ---- data sets
@@ -366,7 +394,8 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
             raise ValueError(f"{key}={getattr(options, key)!r}: expected one of {', '.join(choices)}")
     sequences, path = find_sequences(src), Path(dst, "dataset.json")
     if not options.class_names:
-        ids = [read_labels(files["labels"])["class_id"].max(initial=0) for *_, files in sequences if "labels" in files]
+        found = [read_labels(files["labels"])["class_id"] for *_, files in sequences if "labels" in files]
+        ids = [ids.max(initial=0, where=ids < 1 << 16) for ids in found]  # larger ones are damaged, and dropped
         options.class_names = [str(k) for k in range(int(max(ids, default=0)) + 1)]
     about = dict(classes=list(options.class_names), box_filter=options.box_filter, downsample=options.downsample)
     with reading(path):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from configurator import command_line, configure, dump, optional
+from configurator import command_line, configure, dump, optional, reading
 from loss import SizeAware, detection_loss
 from model import Detector, ModelConfig, keep_buffers, load_rvt, load_weights, read_checkpoint, reset_state
 from simulate import ensure_toy
@@ -371,14 +371,15 @@ def train(config, checkpoint=None):
 
 
 def main(argv):
-    config, checkpoint = configure(defaults, argv), None
+    config = configure(defaults, argv)
     if config["init_from"] == "resume":
         path = os.path.join(config["out_dir"], "ckpt.pt")
         checkpoint = read_checkpoint(path)
         if "progress" not in checkpoint:
             raise ValueError(f"{path}: weights without a training state; start from them with --init_from={path}")
-        config = configure({**defaults, **checkpoint["config"]}, argv)
-    sys.exit(train(SimpleNamespace(**config), checkpoint))
+        with reading(f"{path}, resumed"):  # what a damaged state raises, here or at its first step
+            sys.exit(train(SimpleNamespace(**configure(defaults | checkpoint["config"], argv)), checkpoint))
+    sys.exit(train(SimpleNamespace(**config)))
 
 
 if __name__ == "__main__":
