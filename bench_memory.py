@@ -58,7 +58,6 @@ def kept_bytes(forward, inputs):
 
 def measure(config, B, device, dtype):
     """Row of the table for one batch size: bytes kept by part, then peak and time of whole training steps."""
-    train.keep_buffers()
     forward = train.Forward(train.build(config, config.input_hw, config.num_classes, None), train.size_aware(config))
     optimizer = torch.optim.AdamW(forward.to(device).parameters(), lr=1e-6, fused=True)  # as train.py's
     events, *labels = (x.to(device) for x in made_up(config, B))

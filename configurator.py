@@ -9,7 +9,6 @@ unless it starts with an underscore.
 
 import ast
 import difflib
-import importlib
 import os
 import sys
 from contextlib import contextmanager, suppress
@@ -78,14 +77,6 @@ def reading(what):
         yield
     except Exception as error:  # numpy, zipfile, zlib, json and h5py raise a dozen kinds
         raise ValueError(f"{what}: {' '.join(str(error).split()) or repr(error)}") from error
-
-
-def optional(package, what):
-    """The module of an optional package; ValueError says what needs it and how to install it."""
-    try:
-        return importlib.import_module(package.replace("-", "_"))
-    except ImportError as error:
-        raise ValueError(f"{what} needs a package: pip install {package} ({error})") from error
 
 
 def command_line(main):

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import GifImagePlugin, Image, ImageDraw
 from tqdm import tqdm
 
-from configurator import command_line, configure, optional
+from configurator import command_line, configure, reading
 from data import Sequence
 from eval import StreamDetector, load_detector
-from model import keep_buffers, read_checkpoint
+from model import read_checkpoint
 from prepare import WINDOW_US, histogram, open_recording, windows
 from train import resolve_device
 
@@ -73,7 +73,9 @@ def open_frames(path, input_hw, height=0, width=0):
 def open_video(path, size, stack):
     """Function that appends a picture of `size` to a new GIF or mp4, at once; `stack` (ExitStack) ends the file."""
     if path.suffix == ".mp4":
-        writer = optional("imageio-ffmpeg", "mp4").write_frames(str(path), size, fps=20, macro_block_size=2)
+        with reading("mp4 needs: pip install imageio-ffmpeg"):
+            import imageio_ffmpeg
+        writer = imageio_ffmpeg.write_frames(str(path), size, fps=20, macro_block_size=2)
         stack.callback(writer.close)
         writer.send(None)
         return lambda picture: writer.send(picture.tobytes())
@@ -88,7 +90,6 @@ def main(argv):
     config = SimpleNamespace(**configure(defaults, argv))
     if not config.recording or config.out[-4:] not in (".gif", ".mp4") or config.boxes[-4:] not in ("", ".npy"):
         raise ValueError("expected --recording=FILE, --out=FILE.gif or FILE.mp4, and perhaps --boxes=FILE.npy")
-    keep_buffers()
     (device, dtype), saved, found = resolve_device(config), read_checkpoint(config.ckpt), []
     trained_hw = saved.get("model_config", {}).get("input_hw", (360, 640))  # RVT's do not tell
     hw, scale, total, frames = open_frames(config.recording, trained_hw, config.height, config.width)

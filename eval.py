@@ -27,7 +27,7 @@ from tqdm import tqdm
 from configurator import command_line, configure, reading
 from data import BOX_DTYPE, load_classes, make_loader, open_split
 from loss import box_iou
-from model import Conv, Detector, ModelConfig, keep_buffers, load_rvt, load_weights, read_checkpoint, reset_state
+from model import Conv, Detector, ModelConfig, load_rvt, load_weights, read_checkpoint, reset_state
 
 ckpt = "out/ckpt.pt"      # checkpoint of train.py, or a Lightning checkpoint of RVT
 split = "test"            # train, val or test
@@ -404,7 +404,6 @@ def main(argv):
     trained = dict(read_checkpoint(path).get("config", {}), out_dir=str(Path(path).parent))
     config = SimpleNamespace(**configure(train.defaults | trained | defaults, argv))
     train.check(config)
-    keep_buffers()
     device, dtype = train.resolve_device(config)
     if config.data_dir == train.defaults["data_dir"] and os.environ.get("RANK", "0") == "0":
         train.ensure_toy(config.data_dir)

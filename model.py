@@ -68,11 +68,9 @@ class ModelConfig:
 def frozen_statistics(module):
     """Batch norms of `module` normalise by the batch as ever, but their running statistics stay what they are."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, before in kept:
-            buffer.data = before  # in place, autograd would take it for a changed input
+    yield
+    for buffer, before in kept:
+        buffer.data = before  # in place, autograd would take it for a changed input
 
 
 def recompute(again, module, *args):
@@ -326,11 +324,19 @@ def reset_state(state, is_first):
     return [s.masked_fill(is_first.view(-1, *[1] * (s.ndim - 1)), 0) for s in state]
 
 
+def keep_buffers():
+    """Let glibc reuse large buffers: else each big tensor on a CPU goes back to the kernel and is paged in anew."""
+    with suppress(OSError, AttributeError):  # another libc
+        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 class Detector(nn.Module):
     """The whole network. `config` holds its resolved ModelConfig."""
 
     def __init__(self, config):
         super().__init__()
+        keep_buffers()
         self.config = config = config.resolved()
         self.stages = nn.ModuleList(Stage(config, k) for k in range(config.fpn_stages[-1]))
         self.fpn = PAFPN(config)
@@ -390,13 +396,6 @@ class Detector(nn.Module):
         stride = self.grid[:, 2:]
         box = torch.cat(((out[..., :2] + self.grid[:, :2]) * stride, out[..., 2:4].exp() * stride), dim=-1)
         return Prediction(box, out[..., 4], out[..., 5:], self.grid), following
-
-
-def keep_buffers():
-    """Let glibc reuse large buffers: else each big tensor on a CPU goes back to the kernel and is paged in anew."""
-    with suppress(OSError, AttributeError):  # another libc
-        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
 
 
 # ---- checkpoints

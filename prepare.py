@@ -20,19 +20,16 @@ from types import SimpleNamespace
 import h5py
 import hdf5plugin
 import numpy as np
-from numpy.lib import recfunctions
 from tqdm import tqdm
 
-from configurator import command_line, configure, optional, reading
+from configurator import command_line, configure, reading
 
-src = "datasets/raw"       # folder with train, val and test (at least one of them) of raw recordings
-dst = "datasets/prepared"  # folder that the prepared sequences go to
+src, dst = "datasets/raw", "datasets/prepared"  # raw recordings in folders train, val, test; what they are made into
 dataset = "own"    # etram | gen4 | gen1 | own: what follows is the data set's where it is left empty
 box_filter = ""    # none | sides5 | prophesee (drops small objects, see filter_boxes); own data: none
 downsample = ""    # none | nearest (odd rows and columns, RVT's half resolution) | sum (of 2x2 pixels); own data: none
 class_names = ()   # names of class ids 0, 1, ...; own data: "0", "1", ... up to the largest id in the labels
-height = 0         # px, of recordings that do not tell
-width = 0          # px
+height, width = 0, 0  # px, of recordings that do not tell
 num_workers = 0    # processes; 0: all in this one
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
@@ -44,8 +41,7 @@ DATASETS = {  # grid_us: step between labelled frames; 0: the whole number of la
     "own": (0, 0, "none", "none", 0, []),
 }
 CHOICES = dict(dataset=DATASETS, box_filter=("none", "sides5", "prophesee"), downsample=("none", "nearest", "sum"))
-LABEL = np.dtype([("t", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"), ("class_id", "<u4"),
-                  ("track_id", "<u4"), ("class_confidence", "<f4")])
+LABEL = np.dtype([*zip("t x y w h class_id track_id class_confidence".split(), "i8 f4 f4 f4 f4 u4 u4 f4".split())])
 BINS, MAX_COUNT, WINDOW_US = 10, 10, 50_000  # time bins a polarity; largest count stored; length of a window
 FIRST_LABEL_US, JITTER_US = 100_000, 2_000   # earliest labelled frame; how far off the label grid a label may be
 MAX_LEAD_US, MAX_WINDOWS = 10_000_000, 10**6  # a clock that starts later is not filled with windows from 0 on; 14 hours
@@ -104,7 +100,8 @@ def read_dat(recording):
 
 def read_faery(recording):
     """EVT2, EVT3 (.raw with a header; .evt2, .evt3 without), AEDAT4, Event Stream, by the optional package faery."""
-    faery = optional("faery", "this format")
+    with reading("this format needs: pip install faery"):
+        import faery
     kind = recording.path.suffix.lower()[1:]
     bare = {"file_type": "evt", "version_fallback": kind} if kind in ("evt2", "evt3") else {}
     stream = faery.events_stream_from_file(recording.path, dimensions_fallback=(UNKNOWN, UNKNOWN), **bare)
@@ -217,18 +214,17 @@ def histogram(t, x, y, p, height, width, downsample="none"):
 # ---- labels
 
 def read_labels(path):
-    """Labels (L,) in order of time: fields as stored, packed, `ts`, `confidence` renamed; confidence 1 where absent.
+    """Labels (L,) of LABEL in order of time; older files call `t` and `class_confidence` `ts` and `confidence`.
 
-    ValueError names the file: unreadable, not a structured array, fields missing.
+    track_id and confidence are 1 where absent. ValueError names the file: unreadable, other fields missing.
     """
-    with reading(path):
-        boxes = recfunctions.repack_fields(np.load(path, allow_pickle=False).ravel())
-        boxes = recfunctions.rename_fields(boxes, {"ts": "t", "confidence": "class_confidence"})
-        numbers = {name for name in boxes.dtype.names or () if boxes.dtype[name].kind in "iuf"}
-        if missing := {"t", "x", "y", "w", "h", "class_id"} - numbers:
-            raise ValueError(f"labels lack the fields {', '.join(sorted(missing))}")
-        if "class_confidence" not in boxes.dtype.names:
-            boxes = recfunctions.append_fields(boxes, "class_confidence", np.ones(len(boxes), "f4"), usemask=False)
+    with reading(path), np.errstate(invalid="ignore"):
+        stored = np.load(path, allow_pickle=False).ravel()
+        boxes, older = np.ones(len(stored), LABEL), {"t": "ts", "class_confidence": "confidence"}
+        for name in LABEL.names:
+            found = older[name] if name in older and older[name] in stored.dtype.names else name
+            if found in stored.dtype.names or name not in ("track_id", "class_confidence"):
+                boxes[name] = stored[found]
         return boxes[np.argsort(boxes["t"], kind="stable")]
 
 

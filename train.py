@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from configurator import command_line, configure, dump, optional, reading
+from configurator import command_line, configure, dump, reading
 from loss import SizeAware, detection_loss
-from model import Detector, ModelConfig, keep_buffers, load_rvt, load_weights, read_checkpoint, reset_state
+from model import Detector, ModelConfig, load_rvt, load_weights, read_checkpoint, reset_state
 from simulate import ensure_toy
 
 # ---- files
@@ -186,7 +186,6 @@ def train(config, checkpoint=None):
     Returns the exit status: 0 when done or stopped by SIGTERM, 130 by Ctrl-C. ValueError for what a user can mend.
     """
     check(config)
-    keep_buffers()
     device, dtype = resolve_device(config)
     out, cuda = config.out_dir, device.type == "cuda"
     rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -248,10 +247,11 @@ def train(config, checkpoint=None):
     say(f"{dump(vars(config))}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, attention groups of "
         f"{model.config.part} at {model.config.padded_hw}, strides {model.config.strides}; {len(sequences)} sequences, "
         f"{train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
-    wandb = optional("wandb", "wandb_log=True") if config.wandb_log and rank == 0 else None
-    if wandb:
-        named = dict(project=config.wandb_project, group=config.wandb_group, name=config.wandb_run_name)
-        wandb.init(config=vars(config), **named)
+    if logs := config.wandb_log and rank == 0:
+        with reading("wandb_log=True needs: pip install wandb"):
+            import wandb
+        wandb.init(project=config.wandb_project, group=config.wandb_group, name=config.wandb_run_name,
+                   config=vars(config))
 
     def save(name):
         """Everything that the run is, gathered from all processes, written and drawn by the first."""
@@ -350,7 +350,7 @@ def train(config, checkpoint=None):
                 if rank == 0:
                     table = [row, *(row.values() for row in rows)]  # a dict's keys are the header
                     write(f"{out}/log.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
-                if wandb:
+                if logs:
                     wandb.log({key: x for key, x in row.items() if x != ""}, step=at.step)
                 if evaluate and row["AP"] > at.best:
                     at.best = row["AP"]
