@@ -9,6 +9,7 @@ contrast-threshold model on log intensity (ESIM, Rebecq et al., CoRL 2018) with 
 """
 
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,4 +234,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # h5py's callbacks swallow KeyboardInterrupts; the next run tidies up
     command_line(main)
