@@ -198,11 +198,11 @@ class StreamDetector:
         torch._foreach_zero_(self.state)
 
     def speed(self):
-        """Device, median and 95th percentile of the ms that the last 1000 calls took, but for the first tenth."""
+        """Device, frames per second, and ms a frame of the last 1000 calls but for a tenth: median, 95th percentile."""
         on, threads = self.events.device, torch.get_num_threads()
         name = torch.cuda.get_device_name(on) if on.type == "cuda" else f"CPU, {threads} threads"
         median, p95 = np.percentile(self.ms[len(self.ms) // 10:], (50, 95)).round(3).tolist()
-        return {"device": name, "ms_median": median, "ms_p95": p95}
+        return {"device": name, "frames_per_s": round(1000 / median, 1), "ms_median": median, "ms_p95": p95}
 
 
 # ---- scores

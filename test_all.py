@@ -2611,7 +2611,9 @@ def test_eval_from_a_checkpoint_alone(tmp_path, capsys):
     assert written == ["report.json", "report.png"]
     result = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())
     assert result["rows"]["class mean, all boxes"]["frames"] == 6 and result["settings"]["boxes"] == 12 and result["settings"]["split"] == "test"
-    assert result["settings"]["speed"]["ms_median"] > 0 and "CPU" in result["settings"]["speed"]["device"]
+    speed = result["settings"]["speed"]
+    assert speed["ms_median"] > 0 and "CPU" in speed["device"]
+    assert speed["frames_per_s"] == pytest.approx(1000 / speed["ms_median"], abs=0.06)
     assert all(protocol in text for protocol in result["rows"])
     evaluation.main([f"--ckpt={ckpt}", "--device=cpu", f"--json={tmp_path / 'other.json'}", "--score=obj*cls", "--num_classes", "4"])
     assert (tmp_path / "other.png").exists() and json.loads((tmp_path / "other.json").read_text())["settings"]["score"] == "obj*cls"
