@@ -228,8 +228,10 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
     -> METRICS, "frames" and "boxes" scored; "classes": {name: the same of this class, from the same run} and "curves":
     {name: precision (101,) over recall 0..1 at IoU 0.5}, both empty where class_agnostic.
     """
-    keep = {"none": lambda boxes, width: boxes, "prophesee": prophesee_filter}[box_filter]
-    labels, detections = ([keep(boxes, width) for boxes in side] for side in (labels, detections))
+    if box_filter not in FILTERS:
+        raise ValueError(f"{box_filter=}: expected {' or '.join(FILTERS)}")
+    if box_filter == "prophesee":
+        labels, detections = ([prophesee_filter(boxes, width) for boxes in side] for side in (labels, detections))
     ids = sorted(range(len(class_names)) if class_ids is None else class_ids)
     pairs, coco = [pair for pair in zip(labels, detections) if len(pair[0])], COCOeval(iouType="bbox")
     coco.params.imgIds, coco.params.catIds, coco.params.useCats = list(range(len(pairs))), ids, int(not class_agnostic)

@@ -2373,7 +2373,7 @@ def test_class_ids_keep_frames_that_hold_only_other_classes():
 
 
 def test_scoring_rejects_an_unknown_filter():
-    with pytest.raises(KeyError, match="psee"):
+    with pytest.raises(ValueError, match="box_filter='psee': expected none or prophesee"):
         score_boxes([], [], 64, 64, NAMES, "psee")
 
 
