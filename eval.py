@@ -183,9 +183,12 @@ class StreamDetector:
 
     @torch.inference_mode()
     def __call__(self, frame, t_us=None):
-        """Boxes of BOX_DTYPE in the next frame, at t_us (None: 50 ms after the one before). RuntimeError: its size."""
-        start, self.t_us = time.perf_counter(), self.t_us + 50_000 if t_us is None else t_us
-        self.events.copy_(torch.as_tensor(frame).view_as(self.events))
+        """Boxes of BOX_DTYPE in the next frame, at t_us (None: 50 ms after the one before). ValueError: its size."""
+        start, frame, expected = time.perf_counter(), torch.as_tensor(frame), self.events[0, 0].shape
+        if frame.shape != expected:
+            raise ValueError(f"StreamDetector: a frame of {tuple(frame.shape)}, expected {tuple(expected)}")
+        self.t_us = self.t_us + 50_000 if t_us is None else t_us
+        self.events.copy_(frame)
         self.graph.replay() if self.graph else self.step()
         found = detections(self.prediction, [self.t_us], **self.options)[0]
         self.ms = [*self.ms[-999:], 1000 * (time.perf_counter() - start)]

@@ -2512,8 +2512,11 @@ def test_stream_detector_equals_the_chunked_forward_pass(attention):
         detector.reset()
     assert detector(sequence.data[0])["t"][0] == 50_000 and detector(torch.from_numpy(sequence.data[1]))["t"][0] == 100_000
     assert model.heads[0].stem.bn.training is False and not isinstance(model.heads[0].stem.bn, torch.nn.Identity)
-    with pytest.raises(RuntimeError, match="invalid for input of size"):
+    with pytest.raises(ValueError, match=r"a frame of \(20, 32, 64\), expected \(20, 64, 64\)"):
         detector(sequence.data[0, :, :32])
+    with pytest.raises(ValueError, match=r"a frame of \(20, 32, 128\)"):  # the same number of values
+        detector(sequence.data[0].reshape(20, 32, 128))
+    assert detector(sequence.data[1])["t"][0] == 150_000  # the clock did not move meanwhile
 
 
 def test_stream_detector_in_bfloat16_finds_about_the_same():
