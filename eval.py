@@ -329,17 +329,21 @@ def compare(paths):
 def confusion(labels, detections, K, confidence):
     """Counts (F, K + 1, K + 1) in each frame of labelled class (rows) against detected class; K is background.
 
-    A detection with p_obj * p_cls >= confidence counts for the label of any class that it overlaps most, if their IoU
-    is 0.5 or more, else for the background; labels that no detection overlaps so are missed.
+    Detections with p_obj * p_cls >= confidence choose in turn, best first: each the label, of any class and not chosen
+    yet, that it overlaps most, if their IoU is 0.5 or more, else the background. Labels that none chooses are missed.
     """
     counts = np.zeros((len(labels), K + 1, K + 1), int)
     for count, truth, found in zip(counts, labels, detections):
+        found = found[found["confidence"].argsort(kind="stable")[::-1]]
         found = found[found["confidence"] >= confidence]
         centres = ((b["x"] + b["w"] / 2, b["y"] + b["h"] / 2, b["w"], b["h"]) for b in (found[:, None], truth))
         iou = box_iou(*(torch.from_numpy(np.stack(box, axis=-1)) for box in centres)).numpy()  # (detections, labels)
-        meant = np.where(iou.max(1) >= 0.5, truth["class_id"][iou.argmax(1)], K)
-        np.add.at(count, (meant, found["class_id"]), 1)
-        np.add.at(count, (truth["class_id"][(iou < 0.5).all(0)], K), 1)
+        classes, free = np.append(truth["class_id"], K), np.ones(len(truth) + 1)  # last the background, always free
+        for overlap, detected in zip(np.pad(iou, ((0, 0), (0, 1)), constant_values=0.5), found["class_id"]):
+            chosen = (overlap * free).argmax()
+            count[classes[chosen], detected] += 1
+            free[chosen] = chosen == len(truth)
+        np.add.at(count, (classes[:-1][free[:-1] > 0], K), 1)
     return counts
 
 

@@ -2598,8 +2598,15 @@ def test_confusion_by_hand():
     found = with_level(some_boxes(0, [(0, 0, 20, 20), (51, 0, 20, 20), (50, 1, 20, 20), (0, 50, 9, 9), (100, 0, 20, 20)],
                                   [0, 0, 1, 1, 1], [0.9, 0.8, 0.7, 0.6, 0.1]))
     counts = confusion([truth], [found], 2, 0.3)
-    #            as 0, as 1, missed
-    assert counts.tolist() == [[[1, 0, 0], [1, 1, 1], [0, 1, 0]]]
+    #            as 0, as 1, missed: the second box on a label is one on the background
+    assert counts.tolist() == [[[1, 0, 0], [1, 0, 1], [0, 2, 0]]]
+    assert (confusion([truth], [found[::-1]], 2, 0.3) == counts).all()  # best first, whatever the order
+    none = found[:0], truth[:0]
+    assert confusion([truth, none[1]], [none[0], found], 2, 0.3).tolist() == [
+        [[0, 0, 1], [0, 0, 2], [0, 0, 0]], [[0, 0, 0], [0, 0, 0], [2, 2, 0]]]
+    pair = some_boxes(0, [(0, 0, 20, 20), (0, 6, 20, 20)], [0, 1])  # a label that is taken leaves the next best one
+    both = with_level(some_boxes(0, [(0, 2, 20, 20), (0, 2, 20, 20)], [0, 0], [0.9, 0.8]))
+    assert confusion([pair], [both], 2, 0.3).tolist() == [[[1, 0, 0], [1, 0, 0], [0, 0, 0]]]
 
 
 # ---- scripts
