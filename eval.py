@@ -305,23 +305,26 @@ def line(name, row, sign=""):
 
 
 def compare(paths):
-    """Reports side by side, as text: each protocol of the first, with the differences of the others to it.
+    """Reports side by side, as text: settings and rows of the first, then what differs in the others.
 
     ValueError: a file that is no report; a report of another split, data, threshold or ranking than the first.
     """
-    blocks, first = {}, None
+    blocks, first = {"settings": [], "head": [HEAD]}, None
     for path in paths:
         with reading(path):
             report = jsonlib.loads(Path(path).read_text())
             first = first or report
-            if other := [key for key in COMPARABLE if report["settings"][key] != first["settings"][key]]:
-                raise ValueError(f"not comparable with {paths[0]}, of another {', '.join(other)}")
+            here, there = report["settings"], first["settings"]
+            if other := [f"{key} {here[key]}, not {there[key]}" for key in COMPARABLE if here[key] != there[key]]:
+                raise ValueError(f"not comparable with {paths[0]}: {'; '.join(other)}")
+            facts = [f"{key}: {x}" for key, x in here.items() if report is first or x != there.get(key)]
+            blocks["settings"] += [f"report: {path}", *facts]
             for protocol, row in report["rows"].items():
                 base = first["rows"].get(protocol, dict.fromkeys(METRICS))
                 change = {m: None if None in (row[m], base[m]) else row[m] - base[m] for m in METRICS}
                 text = [line(f"{protocol} | {path}", row), line("  difference", row | change, "+")]
                 blocks.setdefault(protocol, []).extend(text[:1] if report is first else text)
-    return "\n".join([HEAD, *sum(blocks.values(), [])])
+    return "\n".join(sum(blocks.values(), []))
 
 
 # ---- pictures

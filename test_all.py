@@ -2573,6 +2573,7 @@ def test_compare_shows_differences_and_refuses_other_protocols(tmp_path):
     result = some_report()[2]
     better = json.loads(json.dumps(result))
     better["rows"]["class mean, all boxes"]["AP"] += 0.015
+    better["settings"]["ckpt"] = "better.pt"
     del better["rows"]["detections of stride 16 alone, class mean, all boxes"]
     val, loose, data = (json.loads(json.dumps(result)) for _ in range(3))
     val["settings"]["split"], loose["settings"]["confidence"] = "val", 0.1
@@ -2581,11 +2582,14 @@ def test_compare_shows_differences_and_refuses_other_protocols(tmp_path):
     for path, content in zip(paths, (result, better, val, loose, data)):
         Path(path).write_text(json.dumps(content))
     text = compare(paths[:2])
+    head = text[:text.index(evaluation.HEAD)].splitlines()  # settings of the first; of the second what differs
+    assert head == [f"report: {paths[0]}", *(f"{key}: {value}" for key, value in result["settings"].items()),
+                    f"report: {paths[1]}", "ckpt: better.pt"] and "split: test" in head
     start = text.index("class mean, all boxes | " + paths[1])
     assert "+1.5" in text[start:].splitlines()[1] and "difference" in text[start:].splitlines()[1]
     assert f"stride 16 alone, class mean, all boxes | {paths[1]}" not in text
-    for path, word in zip(paths[2:5], ("split", "confidence", "labels")):
-        with pytest.raises(ValueError, match=f"not comparable.*another {word}"):
+    for path, word in zip(paths[2:5], ("split val, not test", "confidence 0.1, not 0.001", "labels another, not [0-9a-f]+")):
+        with pytest.raises(ValueError, match=f"not comparable.*: {word}"):
             compare([paths[0], path])
     Path(paths[5]).write_text('{"settings": {}}')
     for bad in ([paths[0], paths[5]], [paths[0], str(tmp_path / "nowhere.json")], [__file__]):
@@ -2627,7 +2631,7 @@ def test_eval_from_a_checkpoint_alone(tmp_path, capsys):
     assert all(protocol in text for protocol in result["rows"])
     evaluation.main([f"--ckpt={ckpt}", "--device=cpu", f"--json={tmp_path / 'other.json'}", "--score=obj*cls", "--num_classes", "4"])
     assert (tmp_path / "other.png").exists() and json.loads((tmp_path / "other.json").read_text())["settings"]["score"] == "obj*cls"
-    with pytest.raises(ValueError, match="another score"):
+    with pytest.raises(ValueError, match=r"score obj\*cls, not cls"):
         evaluation.main(["--compare", str(tmp_path / "run/eval/report.json"), str(tmp_path / "other.json")])
     other = write_prepared(tmp_path / "three", classes=NAMES[:3])
     with pytest.raises(ValueError, match="num_classes=4, but 3"):
