@@ -355,39 +355,36 @@ def pictures(path, report, sequences, labels, detections, class_names, confidenc
     from matplotlib.figure import Figure
 
     from demo import draw  # here, since demo.py imports this file
-    names, K, rows = [*class_names, "background"], len(class_names), report["rows"]
-    figure, kinds = Figure((24, 28), layout="constrained"), ("best", "worst", "random")
-    axes = figure.subplot_mosaic([("left", "middle", "right"), *([kind] * 3 for kind in kinds)])
+    names, K, figure = [*class_names, "background"], len(class_names), Figure((24, 26), layout="constrained")
+    charts, sheet = figure.subfigures(2, height_ratios=(2, 3))
+    curves, matrix, bars = charts.subplots(1, 3)
     for name, curve in report["curves"].items():
-        axes["left"].plot(np.linspace(0, 1, len(curve)), curve, label=name)
-    axes["left"].set(title="IoU 0.5, all boxes", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+        curves.plot(np.linspace(0, 1, len(curve)), curve, label=name)
+    curves.set(title="IoU 0.5, all boxes", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     counts = confusion(labels, detections, K, confidence)
     total = counts.sum(0)
-    axes["middle"].imshow(total / total.sum(1, keepdims=True).clip(1), cmap="Blues", vmax=2)  # pale: black can be read
+    matrix.imshow(total / total.sum(1, keepdims=True).clip(1), cmap="Blues", vmax=2)  # pale: black can be read
     for (i, j), n in np.ndenumerate(total):
-        axes["middle"].text(j, i, n or "", ha="center")
-    axes["middle"].set(title=f"boxes, p_obj * p_cls >= {confidence}, IoU >= 0.5", xlabel="detected", ylabel="labelled",
-                       xticks=range(K + 1), yticks=range(K + 1), xticklabels=[n[:9] for n in names], yticklabels=names)
-    for k, kind in enumerate(FILTERS.values()):
-        values = 100 * np.array([rows[f"class mean, {kind}"][m] for m in METRICS[3:7]], float)  # None, NaN: no bar
-        bars = axes["right"].bar(np.arange(4) + 0.4 * k, values, 0.4, label=f"class mean, {kind}")
-        axes["right"].bar_label(bars, fmt="%.1f")
-    axes["right"].set(title="AP by size, %", xticks=np.arange(4) + 0.2, xticklabels=[
+        matrix.text(j, i, n or "", ha="center")
+    matrix.set(title=f"boxes, p_obj * p_cls >= {confidence}, IoU >= 0.5", xlabel="detected", ylabel="labelled",
+               xticks=range(K + 1), yticks=range(K + 1), xticklabels=[n[:9] for n in names], yticklabels=names)
+    for k, protocol in enumerate(f"class mean, {kind}" for kind in FILTERS.values()):
+        values = 100 * np.array([report["rows"][protocol][m] for m in METRICS[3:7]], float)  # None, NaN: no bar
+        bars.bar_label(bars.bar(np.arange(4) + 0.4 * k, values, 0.4, label=protocol), fmt="%.1f")
+    bars.set(title="AP by size, %", xlim=(-0.5, 3.9), xticks=np.arange(4) + 0.2, xticklabels=[
         f"{name.replace(', ', chr(10))}\n{size['boxes']} boxes" for name, size in report["sizes"].items()])
-    for side in ("left", "right"):
-        axes[side].legend()
+    curves.legend()
+    bars.legend()
 
     frames = [(s, int(t)) for s in sequences for t in s.label_frames]
     f1 = 2 * np.trace(counts[:, :K, :K], axis1=1, axis2=2) / (counts[:, :K].sum((1, 2)) + counts[:, :, :K].sum((1, 2)))
     order = np.argsort(-f1, kind="stable")
-    for kind, chosen in zip(kinds, (order[:4], order[-4:], np.random.default_rng(0).permutation(order)[:4])):
-        shown, title = [], f"{kind}:"
-        for (sequence, t), found, truth, value in ((frames[k], detections[k], labels[k], f1[k]) for k in chosen):
-            found = found[found["confidence"] >= confidence]
-            shown.append(draw(sequence.read(t, t + 1)[0], found, class_names, truth))
-            title += f" {sequence.name}, frame {t}, F1 {value:.2f};"
-        axes[kind].imshow(np.hstack(shown))
-        axes[kind].set(title=title, xticks=(), yticks=())
+    chosen = {"best": order[:4], "worst": order[-4:], "random": np.random.default_rng(0).permutation(order)[:4]}
+    for row, kind in zip(sheet.subplots(3, 4, subplot_kw={"xticks": (), "yticks": ()}), chosen):
+        for axes, k in zip(row, chosen[kind]):
+            (sequence, t), found = frames[k], detections[k][detections[k]["confidence"] >= confidence]
+            axes.imshow(draw(sequence.read(t, t + 1)[0], found, class_names, labels[k]))
+            axes.set(title=f"{kind}: {sequence.name}, frame {t}, F1 {f1[k]:.2f}")
     figure.savefig(path, dpi=80)
 
 
