@@ -113,35 +113,34 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
     sequences = sorted((s for s in sequences if len(s.label_frames)), key=lambda s: s.name)
     spans = [range(max(int(s.label_frames[0]) - T + 1, 0), int(s.label_frames[-1]) + 1, T) for s in sequences]
     order = sorted(range(len(spans)), key=lambda i: -len(spans[i]))[rank::world]
+    # the longest first, so no slot outlasts the one before it, and the batch gets smaller from its end
     slots = [[(i, t) for i in order[b::batch_size] for t in spans[i]] for b in range(batch_size)]
-    slots.sort(key=len, reverse=True)  # so the batch gets smaller from its end
     steps = [[slot[k] for slot in slots if k < len(slot)] for k in range(len(slots[0]))]
 
     def read(k):
         """Events (T, B, 20, H, W) uint8 of step k, zeros behind the end of a sequence."""
-        shape, pinned = (T, len(steps[k]), 20, *sequences[0].hw), device.type == "cuda"
-        events = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
+        shape = T, len(steps[k]), 20, *sequences[0].hw
+        events = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         for b, (i, t) in enumerate(steps[k]):
             sequences[i].read(t, min(t + T, sequences[i].length), events[:, b].numpy())
         return events
 
     loader, state = make_loader(read, 0, num_workers), model.eval().initial_state(batch_size)
     for step in tqdm(steps, "evaluating", unit=" chunks", leave=False, disable=rank > 0):
-        due = sorted((int(sequences[i].label_frames[j]) - t, b, i, j) for b, (i, t) in enumerate(step)
+        due = sorted(((int(sequences[i].label_frames[j]) - t) * len(step) + b, i, j) for b, (i, t) in enumerate(step)
                      for j in range(*np.searchsorted(sequences[i].label_frames, (t, t + T))))
-        index = torch.tensor([t * len(step) + b for t, b, _, _ in due], dtype=torch.int64, device=device)
+        index = torch.tensor([place for place, _, _ in due], dtype=torch.int64, device=device)
         first = torch.tensor([t == spans[i][0] for i, t in step], device=device)
         state = reset_state([s[:len(step)] for s in state], first)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             prediction, state = model(next(loader).to(device, non_blocking=True), state, index)
-        t_us = [sequences[i].boxes[j]["t"][0] for _, _, i, j in due]
-        found |= zip([(i, j) for _, _, i, j in due], detections(prediction, t_us, **options))
+        t_us = [sequences[i].boxes[j]["t"][0] for _, i, j in due]
+        found |= zip([(i, j) for _, i, j in due], detections(prediction, t_us, **options))
     model.train(training)
     if world > 1:
-        shards = [None] * world
-        dist.all_gather_object(shards, found)
-        found = {place: boxes for shard in shards for place, boxes in shard.items()}
-    return [boxes for s in sequences for boxes in s.boxes], [found[place] for place in sorted(found)]
+        dist.all_gather_object(shards := [None] * world, found)
+        found = {frame: boxes for shard in shards for frame, boxes in shard.items()}
+    return [boxes for s in sequences for boxes in s.boxes], [found[frame] for frame in sorted(found)]
 
 
 class StreamDetector:
