@@ -154,13 +154,11 @@ class StreamDetector:
         detector.reset()                # before another recording
     """
 
-    @torch.inference_mode()
     def __init__(self, model, dtype=torch.float32, **options):
         grid, self.options, self.graph, self.ms = model.grid, options, None, []
         self.model = copy.deepcopy(model).eval()
-        for part in self.model.modules():  # some 50 kernels fewer
-            if isinstance(part, Conv):
-                part.conv, part.bn = fuse_conv_bn_eval(part.conv, part.bn), torch.nn.Identity()
+        for part in [part for part in self.model.modules() if isinstance(part, Conv)]:  # some 50 kernels fewer
+            part.conv, part.bn = fuse_conv_bn_eval(part.conv, part.bn), torch.nn.Identity()
         self.model.to(dtype).grid = grid  # cell numbers are not exact in bfloat16
         self.events = torch.zeros(1, 1, 20, *model.config.input_hw, dtype=torch.uint8, device=grid.device)
         self.state = self.model.initial_state(1)
@@ -175,25 +173,23 @@ class StreamDetector:
             self.graph = graph
         self.reset()
 
+    @torch.inference_mode()
     def step(self):
         """Sets self.prediction; self.state moves on in place, since a CUDA graph has fixed addresses."""
         self.prediction, state = self.model(self.events, self.state)
         torch._foreach_copy_(self.state, state)
 
-    @torch.inference_mode()
     def __call__(self, frame, t_us=None):
         """Boxes of BOX_DTYPE in the next frame, at t_us (None: 50 ms after the one before). ValueError: its size."""
-        start, frame, expected = time.perf_counter(), torch.as_tensor(frame), self.events[0, 0].shape
-        if frame.shape != expected:
-            raise ValueError(f"StreamDetector: a frame of {tuple(frame.shape)}, expected {tuple(expected)}")
-        self.t_us = self.t_us + 50_000 if t_us is None else t_us
-        self.events.copy_(frame)
+        if frame.shape != self.events.shape[2:]:
+            raise ValueError(f"StreamDetector: a frame of {*frame.shape,}, expected {*self.events.shape[2:],}")
+        start, self.t_us = time.perf_counter(), self.t_us + 50_000 if t_us is None else t_us
+        self.events.copy_(torch.as_tensor(frame))
         self.graph.replay() if self.graph else self.step()
         found = detections(self.prediction, [self.t_us], **self.options)[0]
         self.ms = [*self.ms[-999:], 1000 * (time.perf_counter() - start)]
         return found[list(BOX_DTYPE.names)].astype(BOX_DTYPE)
 
-    @torch.inference_mode()
     def reset(self):
         """Forget what was seen."""
         self.t_us = 0
@@ -201,9 +197,8 @@ class StreamDetector:
 
     def speed(self):
         """Device, frames per second, and ms a frame of the last 1000 calls but for a tenth: median, 95th percentile."""
-        on, threads = self.events.device, torch.get_num_threads()
-        name = torch.cuda.get_device_name(on) if on.type == "cuda" else f"CPU, {threads} threads"
-        median, p95 = np.percentile(self.ms[len(self.ms) // 10:], (50, 95)).round(3).tolist()
+        on, (median, p95) = self.events.device, np.percentile(self.ms[len(self.ms) // 10:], (50, 95)).round(3).tolist()
+        name = torch.cuda.get_device_name(on) if on.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         return {"device": name, "frames_per_s": round(1000 / median, 1), "ms_median": median, "ms_p95": p95}
 
 
