@@ -108,9 +108,10 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
     their first label (as RVT's do) to their last; the longest first, sharded over the ranks of torchrun, where every
     rank gets the whole result. `model` is on `device`; options: confidence, nms_iou, score of `detections`.
     """
-    T, training, device, found = sequence_length, model.training, torch.device(device), {}
+    T, training, kind, found = sequence_length, model.training, torch.device(device).type, {}
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sequences = sorted((s for s in sequences if len(s.label_frames)), key=lambda s: s.name)
+    labelled = {(i, int(t)): boxes for i, s in enumerate(sequences) for t, boxes in zip(s.label_frames, s.boxes)}
     spans = [range(max(int(s.label_frames[0]) - T + 1, 0), int(s.label_frames[-1]) + 1, T) for s in sequences]
     order = sorted(range(len(spans)), key=lambda i: -len(spans[i]))[rank::world]
     # the longest first, so no slot outlasts the one before it, and the batch gets smaller from its end
@@ -119,28 +120,26 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
 
     def read(k):
         """Events (T, B, 20, H, W) uint8 of step k, zeros behind the end of a sequence."""
-        shape = T, len(steps[k]), 20, *sequences[0].hw
-        events = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        events = torch.zeros(T, len(steps[k]), 20, *sequences[0].hw, dtype=torch.uint8, pin_memory=kind == "cuda")
         for b, (i, t) in enumerate(steps[k]):
             sequences[i].read(t, min(t + T, sequences[i].length), events[:, b].numpy())
         return events
 
     loader, state = make_loader(read, 0, num_workers), model.eval().initial_state(batch_size)
     for step in tqdm(steps, "evaluating", unit=" chunks", leave=False, disable=rank > 0):
-        due = sorted(((int(sequences[i].label_frames[j]) - t) * len(step) + b, i, j) for b, (i, t) in enumerate(step)
-                     for j in range(*np.searchsorted(sequences[i].label_frames, (t, t + T))))
-        index = torch.tensor([place for place, _, _ in due], dtype=torch.int64, device=device)
+        due = {n: at for n, at in enumerate((i, t + k) for k in range(T) for i, t in step) if at in labelled}
+        index = torch.tensor([*due], dtype=torch.int64, device=device)
         first = torch.tensor([t == spans[i][0] for i, t in step], device=device)
         state = reset_state([s[:len(step)] for s in state], first)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
             prediction, state = model(next(loader).to(device, non_blocking=True), state, index)
-        t_us = [sequences[i].boxes[j]["t"][0] for _, i, j in due]
-        found |= zip([(i, j) for _, i, j in due], detections(prediction, t_us, **options))
+        t_us = [labelled[at]["t"][0] for at in due.values()]
+        found |= zip(due.values(), detections(prediction, t_us, **options))
     model.train(training)
     if world > 1:
         dist.all_gather_object(shards := [None] * world, found)
-        found = {frame: boxes for shard in shards for frame, boxes in shard.items()}
-    return [boxes for s in sequences for boxes in s.boxes], [found[frame] for frame in sorted(found)]
+        found = {at: boxes for shard in shards for at, boxes in shard.items()}
+    return list(labelled.values()), [found[at] for at in labelled]
 
 
 class StreamDetector:
