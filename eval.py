@@ -155,9 +155,9 @@ class StreamDetector:
 
     def __init__(self, model, dtype=torch.float32, **options):
         grid, self.options, self.graph, self.ms = model.grid, options, None, []
-        self.model = copy.deepcopy(model).eval()
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
         for part in [part for part in self.model.modules() if isinstance(part, Conv)]:  # some 50 kernels fewer
-            part.conv, part.bn = fuse_conv_bn_eval(part.conv, part.bn), torch.nn.Identity()
+            part.conv, part.bn = torch.nn.utils.fuse_conv_bn_eval(part.conv, part.bn), torch.nn.Identity()
         self.model.to(dtype).grid = grid  # cell numbers are not exact in bfloat16
         self.events = torch.zeros(1, 1, 20, *model.config.input_hw, dtype=torch.uint8, device=grid.device)
         self.state = self.model.initial_state(1)
@@ -172,7 +172,6 @@ class StreamDetector:
             self.graph = graph
         self.reset()
 
-    @torch.inference_mode()
     def step(self):
         """Sets self.prediction; self.state moves on in place, since a CUDA graph has fixed addresses."""
         self.prediction, state = self.model(self.events, self.state)
