@@ -86,13 +86,12 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
     product, out = prediction.obj.sigmoid() * p_cls, []  # (N, A)
     at = frame, anchor = (product >= confidence).nonzero(as_tuple=True)
     rank, (xy, wh) = p_cls if score == "cls" else product, prediction.box_cxcywh[at].split(2, dim=1)
-    found = torch.column_stack((xy - wh / 2, wh, label[at], rank[at], product[at], prediction.grid[anchor, 2]))
+    found = torch.column_stack((xy - wh / 2, xy + wh / 2, label[at], rank[at], product[at], prediction.grid[anchor, 2]))
     counts = frame.bincount(minlength=len(product)).tolist()
     found = found.cpu() if max(counts, default=0) < 4096 else found  # a GPU is slower with a few boxes
     for t, part in zip(t_us, found.split(counts)):  # (candidates, 8)
-        box_xyxy = torch.cat((part[:, :2], part[:, :2] + part[:, 2:4]), dim=1)
-        rows = part[nms(box_xyxy, part[:, 6], part[:, 4], nms_iou)].tolist()
-        out.append(np.array([(t, *row[:4], int(row[4]), 0, *row[5:]) for row in rows], DETECTION_DTYPE))
+        rows = part[nms(part[:, :4], part[:, 6], part[:, 4], nms_iou)].tolist()
+        out.append(np.array([(t, x, y, x2 - x, y2 - y, int(k), 0, *p) for x, y, x2, y2, k, *p in rows], DETECTION_DTYPE))
     return out
 
 
