@@ -130,8 +130,7 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
         state = reset_state([s[:len(step)] for s in state], first)
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
             prediction, state = model(next(loader).to(device, non_blocking=True), state, index)
-        t_us = [labelled[at]["t"][0] for at in due.values()]
-        found |= zip(due.values(), detections(prediction, t_us, **options))
+        found |= zip(due.values(), detections(prediction, [labelled[at]["t"][0] for at in due.values()], **options))
     model.train(training)
     if world > 1:
         dist.all_gather_object(shards := [None] * world, found)
@@ -159,14 +158,13 @@ class StreamDetector:
         self.events = torch.zeros(1, 1, 20, *model.config.input_hw, dtype=torch.uint8, device=grid.device)
         self.state = self.model.initial_state(1)
         if grid.is_cuda:
-            device, graph = torch.cuda.device(grid.device), torch.cuda.CUDAGraph()
+            device, self.graph = torch.cuda.device(grid.device), torch.cuda.CUDAGraph()
             torch.cuda.synchronize(grid.device)
             with device, torch.cuda.stream(torch.cuda.Stream(grid.device)):
                 for _ in range(3):  # libraries set up before the capture, which waits for this
                     self.step()
-            with device, torch.cuda.graph(graph):
+            with device, torch.cuda.graph(self.graph):
                 self.step()
-            self.graph = graph
         self.reset()
 
     def step(self):
@@ -242,8 +240,7 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
         p, r = precision[:, :, at].transpose(4, 3, 0, 1, 2), recall[:, at].transpose(3, 2, 0, 1)  # (3, 5, 10, ...)
         values = (p[2, 0], p[2, 0, 0], p[2, 0, 5], *p[2, 1:], *r[:, 0], *r[2, 1:])
         means = {metric: float(v[v > -1].mean()) if (v > -1).any() else -1.0 for metric, v in zip(METRICS, values)}
-        boxes = sum(len(coco._gts[k, i]) for k in range(len(pairs)) for i in ids)
-        return means | {"frames": len(pairs), "boxes": boxes}
+        return means | {"frames": len(pairs), "boxes": sum(len(coco._gts[k, i]) for k in range(len(pairs)) for i in ids)}
 
     classes = {class_names[i]: summary(slice(k, k + 1), [i]) for k, i in enumerate([] if class_agnostic else ids)}
     return summary(slice(None), ids) | {"classes": classes, "curves": dict(zip(classes, precision[0, :, :, 0, 2].T))}
@@ -261,20 +258,18 @@ def report(labels, detections, height, width, class_names, small_classes=small_c
     """
     scene, rows, sizes = (labels, detections, height, width, class_names), {}, {}
     group = [k for k, name in enumerate(class_names) if name in small_classes]
+    small = f"small_classes ({', '.join(class_names[k] for k in group) or 'none'}), class mean"
+    protocols = {"class mean": {}, "class-agnostic": {"class_agnostic": True}, small: {"class_ids": group}}
     for key, kind in FILTERS.items():
-        scores = rows[f"class mean, {kind}"] = score_boxes(*scene, key)
-        rows[f"class-agnostic, {kind}"] = score_boxes(*scene, key, class_agnostic=True)
-        title = f"small_classes ({', '.join(class_names[k] for k in group)}), class mean, {kind}"
-        rows |= {title: score_boxes(*scene, key, class_ids=group)} if group else {}
-        rows |= {f"{name}, {kind}": row for name, row in scores["classes"].items()}
+        rows |= {f"{name}, {kind}": score_boxes(*scene, key, **options) for name, options in protocols.items()}
+        rows |= {f"{name}, {kind}": row for name, row in rows[f"class mean, {kind}"]["classes"].items()}
     title = "eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter"
     rows[title] = score_boxes(*scene, "prophesee", class_agnostic=True, class_ids=range(3))
     for stride in strides:
         level = [boxes[boxes["stride"] == stride] for boxes in detections]
         rows[f"detections of stride {stride} alone, class mean, all boxes"] = score_boxes(labels, level, *scene[2:])
     curves = {name: curve[::4].round(3).tolist() for name, curve in rows["class mean, all boxes"]["curves"].items()}
-    rows = {protocol: {"frames": row["frames"], "boxes": row["boxes"]} | {
-        m: None if row[m] == -1 else round(row[m], 7) for m in METRICS} for protocol, row in rows.items()}
+    rows = {p: {k: None if r[k] == -1 else round(r[k], 7) for k in ("frames", "boxes", *METRICS)} for p, r in rows.items()}
     boxes = np.concatenate([*labels, np.zeros(0, BOX_DTYPE)])
     areas = [(b["w"] * b["h"]).astype(float) for b in (boxes, prophesee_filter(boxes, width))]
     for name, (low, high) in SIZES.items():
