@@ -319,8 +319,7 @@ def confusion(labels, detections, K, confidence):
     """
     counts = np.zeros((len(labels), K + 1, K + 1), int)
     for count, truth, found in zip(counts, labels, detections):
-        found = found[found["confidence"].argsort(kind="stable")[::-1]]
-        found = found[found["confidence"] >= confidence]
+        found = np.sort(found[found["confidence"] >= confidence], order="confidence")[::-1]
         centres = ((b["x"] + b["w"] / 2, b["y"] + b["h"] / 2, b["w"], b["h"]) for b in (found[:, None], truth))
         iou = box_iou(*(torch.from_numpy(np.stack(box, axis=-1)) for box in centres)).numpy()  # (detections, labels)
         classes, free = np.append(truth["class_id"], K), np.ones(len(truth) + 1)  # last the background, always free
@@ -337,11 +336,10 @@ def pictures(path, report, sequences, labels, detections, class_names, confidenc
     from matplotlib.figure import Figure
 
     from demo import draw  # here, since demo.py imports this file
-    names, K, figure = [*class_names, "background"], len(class_names), Figure((24, 26), layout="constrained")
-    charts, sheet = figure.subfigures(2, height_ratios=(2, 3))
+    names, K, figure = [*class_names, "background"], len(class_names), Figure((24, 23), layout="constrained")
+    charts, sheet = figure.subfigures(2, height_ratios=(1, 2))
     curves, matrix, bars = charts.subplots(1, 3)
-    for name, curve in report["curves"].items():
-        curves.plot(np.linspace(0, 1, len(curve)), curve, label=name)
+    curves.plot(np.linspace(0, 1, 26), np.transpose([*report["curves"].values()]), label=[*report["curves"]])
     curves.set(title="IoU 0.5, all boxes", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     counts = confusion(labels, detections, K, confidence)
     total = counts.sum(0)
