@@ -42,7 +42,6 @@ SIZES = dict(zip(("tiny, < 16x16 px", "small, < 32x32 px", "medium, to 96x96 px"
     (0, np.nextafter(16 ** 2, 0)), (0, 32 ** 2), (32 ** 2, 96 ** 2), (96 ** 2, 1e10))))
 METRICS = ("AP", "AP50", "AP75", "AP_T", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_T", "AR_S", "AR_M", "AR_L")
 FILTERS = {"none": "all boxes", "prophesee": "Prophesee filter"}
-COMPARABLE = ("split", "labels", "resolution", "classes", "confidence", "nms_iou", "score")  # settings of a comparison
 HEAD = " frames   boxes" + "".join(f"{metric:>7}" for metric in METRICS) + "   in %, by protocol"
 # beside Prophesee's fields: p_obj * p_cls, whatever class_confidence ranks by, and the stride of the pyramid level
 DETECTION_DTYPE = np.dtype(BOX_DTYPE.descr + [("confidence", "<f4"), ("stride", "<u2")])
@@ -287,7 +286,7 @@ def line(name, row, sign=""):
 
 
 def compare(paths):
-    """Reports side by side, as text: settings and rows of the first, then what differs in the others.
+    """Reports side by side, as text: their settings and sizes, then each row, with its difference to the first's.
 
     ValueError: a file that is no report; a report of another split, data, threshold or ranking than the first.
     """
@@ -296,16 +295,15 @@ def compare(paths):
         with reading(path):
             report = jsonlib.loads(Path(path).read_text())
             first = first or report
-            here, there = report["settings"], first["settings"]
-            if other := [f"{key} {here[key]}, not {there[key]}" for key in COMPARABLE if here[key] != there[key]]:
-                raise ValueError(f"not comparable with {paths[0]}: {'; '.join(other)}")
-            facts = [f"{key}: {x}" for key, x in here.items() if report is first or x != there.get(key)]
-            blocks["settings"] += [f"report: {path}", *facts]
+            here, there = (r["settings"] | r["sizes"] for r in (report, first))
+            for key in ("split", "labels", "resolution", "classes", "confidence", "nms_iou", "score"):
+                check(here[key] == there[key], f"not comparable with {paths[0]}: {key} {here[key]}, not {there[key]}")
+            blocks["settings"] += [f"report: {path}", *(f"{key}: {value}" for key, value in here.items())]
             for protocol, row in report["rows"].items():
                 base = first["rows"].get(protocol, dict.fromkeys(METRICS))
                 change = {m: None if None in (row[m], base[m]) else row[m] - base[m] for m in METRICS}
                 text = [line(f"{protocol} | {path}", row), line("  difference", row | change, "+")]
-                blocks.setdefault(protocol, []).extend(text[:1] if report is first else text)
+                blocks.setdefault(protocol, []).extend([line(protocol, row)] if report is first else text)
     return "\n".join(sum(blocks.values(), []))
 
 
@@ -409,15 +407,13 @@ def main(argv):
     detector = StreamDetector(model, dtype)
     for t in range(min(100, sequences[0].length)):
         detector(sequences[0].read(t, t + 1)[0])
-    keys = ("ckpt", "data_dir", "split", "sequence_length", "dtype")
-    settings = options | {key: getattr(config, key) for key in keys} | {"speed": detector.speed()}
-    result = report(labels, found, *sequences[0].hw, names, config.small_classes, model.config.strides, **settings)
+    settings = {key: getattr(config, key) for key in ("data_dir", "sequence_length", *defaults)}
+    result = report(labels, found, *sequences[0].hw, names, strides=model.config.strides, speed=detector.speed(), **settings)
     path = Path(config.json or Path(config.out_dir, "eval", "report.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(jsonlib.dumps(result, indent=1) + "\n")
     pictures(path.with_suffix(".png"), result, sequences, labels, found, names)
-    facts = (f"{key}: {value}" for key, value in (result["settings"] | result["sizes"]).items())
-    print(*facts, HEAD, *(line(*item) for item in result["rows"].items()), f"written: {path} and .png", sep="\n")
+    print(compare([path]), f"written: {path} and .png", sep="\n")
 
 
 if __name__ == "__main__":
