@@ -11,7 +11,6 @@ checkpoint. Out: a table, and in out_dir/eval (out_dir: the checkpoint's folder)
 import copy
 import hashlib
 import json as jsonlib
-import os
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -392,10 +391,8 @@ def main(argv):
     config = SimpleNamespace(**configure(train.defaults | trained | defaults, argv))
     train.check(config)
     device, dtype = train.resolve_device(config)
-    if config.data_dir == train.defaults["data_dir"] and os.environ.get("RANK", "0") == "0":
-        train.ensure_toy(config.data_dir)
     if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")  # waits for the first
+        dist.init_process_group("gloo")
     names = load_classes(config.data_dir, config.class_names, config.num_classes)
     sequences = open_split(config.data_dir, config.split, len(names))
     model = load_detector(path, sequences[0].hw, config.partition_split, config.dim_head).to(device)
