@@ -89,7 +89,7 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
     found = found.cpu() if max(counts, default=0) < 4096 else found  # a GPU is slower with a few boxes
     for t, part in zip(t_us, found.split(counts)):  # (candidates, 8)
         rows = part[nms(part[:, :4], part[:, 6], part[:, 4], nms_iou)].tolist()
-        out.append(np.array([(t, x, y, x2 - x, y2 - y, int(k), 0, *p) for x, y, x2, y2, k, *p in rows], DETECTION_DTYPE))
+        out.append(np.array([(t, x, y, r - x, b - y, int(k), 0, *p) for x, y, r, b, k, *p in rows], DETECTION_DTYPE))
     return out
 
 
@@ -148,17 +148,16 @@ class StreamDetector:
     """
 
     def __init__(self, model, dtype=torch.float32, **options):
-        grid, self.options, self.graph, self.ms = model.grid, options, None, []
+        self.options, self.graph, self.ms, self.state = options, None, [], model.initial_state(1)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         for part in [part for part in self.model.modules() if isinstance(part, Conv)]:  # some 50 kernels fewer
             part.conv, part.bn = torch.nn.utils.fuse_conv_bn_eval(part.conv, part.bn), torch.nn.Identity()
-        self.model.to(dtype).grid = grid  # cell numbers are not exact in bfloat16
-        self.events = torch.zeros(1, 1, 20, *model.config.input_hw, dtype=torch.uint8, device=grid.device)
-        self.state = self.model.initial_state(1)
-        if grid.is_cuda:
-            device, self.graph = torch.cuda.device(grid.device), torch.cuda.CUDAGraph()
-            torch.cuda.synchronize(grid.device)
-            with device, torch.cuda.stream(torch.cuda.Stream(grid.device)):
+        self.model.to(dtype).grid = model.grid  # cell numbers are not exact in bfloat16
+        self.events = torch.zeros(1, 1, 20, *model.config.input_hw, dtype=torch.uint8, device=model.grid.device)
+        if self.events.is_cuda:
+            device, self.graph = torch.cuda.device(self.events.device), torch.cuda.CUDAGraph()
+            torch.cuda.synchronize(self.events.device)
+            with device, torch.cuda.stream(torch.cuda.Stream(self.events.device)):
                 for _ in range(3):  # libraries set up before the capture, which waits for this
                     self.step()
             with device, torch.cuda.graph(self.graph):
@@ -221,8 +220,8 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
     ids = sorted(range(len(class_names)) if class_ids is None else class_ids)
     pairs, coco = [pair for pair in zip(labels, detections) if len(pair[0])], COCOeval(iouType="bbox")
     coco.params.imgIds, coco.params.catIds, coco.params.useCats = list(range(len(pairs))), ids, int(not class_agnostic)
-    coco.params.areaRng = [(0, 1e10), *SIZES.values()]
-    coco._prepare = lambda: None  # it fills _gts and _dts, but from other containers than ours
+    # what it prepares, _gts and _dts, is filled below, from other containers than its own
+    coco.params.areaRng, coco._prepare = [(0, 1e10), *SIZES.values()], lambda: None
     for k, pair in enumerate(pairs):
         for side, boxes in zip((coco._gts, coco._dts), pair):
             columns = *(boxes[name] for name in ("class_id", "class_confidence", *"xywh")), boxes["w"] * boxes["h"]
@@ -237,8 +236,8 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
         """METRICS of the classes `at` in precision and recall, with the numbers of frames and of boxes of `ids`."""
         p, r = precision[:, :, at].transpose(4, 3, 0, 1, 2), recall[:, at].transpose(3, 2, 0, 1)  # (3, 5, 10, ...)
         values = (p[2, 0], p[2, 0, 0], p[2, 0, 5], *p[2, 1:], *r[:, 0], *r[2, 1:])
-        means = {metric: float(v[v > -1].mean()) if (v > -1).any() else -1.0 for metric, v in zip(METRICS, values)}
-        return means | {"frames": len(pairs), "boxes": sum(len(coco._gts[k, i]) for k in range(len(pairs)) for i in ids)}
+        mean = {metric: float(v[v > -1].mean()) if (v > -1).any() else -1.0 for metric, v in zip(METRICS, values)}
+        return mean | {"frames": len(pairs), "boxes": sum(len(coco._gts[k, i]) for k in range(len(pairs)) for i in ids)}
 
     classes = {class_names[i]: summary(slice(k, k + 1), [i]) for k, i in enumerate([] if class_agnostic else ids)}
     return summary(slice(None), ids) | {"classes": classes, "curves": dict(zip(classes, precision[0, :, :, 0, 2].T))}
@@ -263,11 +262,10 @@ def report(labels, detections, height, width, class_names, small_classes=small_c
         rows |= {f"{name}, {kind}": row for name, row in rows[f"class mean, {kind}"]["classes"].items()}
     title = "eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter"
     rows[title] = score_boxes(*scene, "prophesee", class_agnostic=True, class_ids=range(3))
-    for stride in strides:
-        level = [boxes[boxes["stride"] == stride] for boxes in detections]
-        rows[f"detections of stride {stride} alone, class mean, all boxes"] = score_boxes(labels, level, *scene[2:])
+    rows |= {f"detections of stride {stride} alone, class mean, all boxes": score_boxes(
+        labels, [boxes[boxes["stride"] == stride] for boxes in detections], *scene[2:]) for stride in strides}
     curves = {name: curve[::4].round(3).tolist() for name, curve in rows["class mean, all boxes"]["curves"].items()}
-    rows = {p: {k: None if r[k] == -1 else round(r[k], 7) for k in ("frames", "boxes", *METRICS)} for p, r in rows.items()}
+    rows = {p: {k: None if row[k] == -1 else row[k] for k in ("frames", "boxes", *METRICS)} for p, row in rows.items()}
     boxes = np.concatenate([*labels, np.zeros(0, BOX_DTYPE)])
     areas = [(b["w"] * b["h"]).astype(float) for b in (boxes, prophesee_filter(boxes, width))]
     for name, (low, high) in SIZES.items():
@@ -318,7 +316,7 @@ def confusion(labels, detections, K, confidence):
     for count, truth, found in zip(counts, labels, detections):
         found = np.sort(found[found["confidence"] >= confidence], order="confidence")[::-1]
         centres = ((b["x"] + b["w"] / 2, b["y"] + b["h"] / 2, b["w"], b["h"]) for b in (found[:, None], truth))
-        iou = box_iou(*(torch.from_numpy(np.stack(box, axis=-1)) for box in centres)).numpy()  # (detections, labels)
+        iou = box_iou(*(torch.from_numpy(np.stack(box, axis=-1)) for box in centres)).nan_to_num().numpy()
         classes, free = np.append(truth["class_id"], K), np.ones(len(truth) + 1)  # last the background, always free
         for overlap, detected in zip(np.pad(iou, ((0, 0), (0, 1)), constant_values=0.5), found["class_id"]):
             chosen = (overlap * free).argmax()
@@ -372,14 +370,14 @@ def load_detector(path, input_hw=None, partition_split=0, dim_head=32):
 
     partition_split, dim_head: RVT's checkpoints do not tell these. ValueError: no checkpoint of either kind.
     """
-    saved = read_checkpoint(path)
-    if "model_config" not in saved:
+    file = read_checkpoint(path)
+    if "model_config" not in file:
         return load_rvt(path, input_hw=input_hw, partition_split=partition_split, dim_head=dim_head)
     with reading(path):
-        changed = input_hw not in (None, saved["model_config"]["input_hw"])  # no weight depends on these two
-        changes = {"input_hw": input_hw, "partition_split": 0} if changed else {}
-        model = Detector(ModelConfig(**saved["model_config"] | changes))
-    return load_weights(model, saved["model"], path)
+        # no weight depends on these two
+        new = {} if input_hw in (None, file["model_config"]["input_hw"]) else dict(input_hw=input_hw, partition_split=0)
+        model = Detector(ModelConfig(**file["model_config"] | new))
+    return load_weights(model, file["model"], path)
 
 
 def main(argv):
@@ -404,8 +402,8 @@ def main(argv):
     detector = StreamDetector(model, dtype)
     for t in range(min(100, sequences[0].length)):
         detector(sequences[0].read(t, t + 1)[0])
-    settings = {key: getattr(config, key) for key in ("data_dir", "sequence_length", *defaults)}
-    result = report(labels, found, *sequences[0].hw, names, strides=model.config.strides, speed=detector.speed(), **settings)
+    settings = {k: getattr(config, k) for k in ("data_dir", "sequence_length", *defaults)} | {"speed": detector.speed()}
+    result = report(labels, found, *sequences[0].hw, names, strides=model.config.strides, **settings)
     path = Path(config.json or Path(config.out_dir, "eval", "report.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(jsonlib.dumps(result, indent=1) + "\n")
