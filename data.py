@@ -107,7 +107,7 @@ class Sequence:
     def __init__(self, path, resolution="auto", num_classes=0, decode=False):
         self.path, self.name, folder = Path(path), Path(path).name, Path(path) / REPRESENTATION
         kind = next((k for k in FILES if resolution in ("auto", k) and (folder / FILES[k]).is_file()), None)
-        check(kind, f"{path}: no events for resolution={resolution!r}; prepare.py --src=RAW --dst=DATA prepares them")
+        check(kind, f"{path}: no events for {resolution=}; take --resolution=auto, or prepare anew")
         self.file, self.version = str(folder / FILES[kind]), os.stat(folder / FILES[kind]).st_mtime_ns
         shape = open_events(self.file, self.version)[0].shape
         self.length, self.hw, scale = shape[0], shape[2:], 1 + (kind == "half")
@@ -159,7 +159,7 @@ def open_split(data_dir, split, num_classes=0, resolution="auto", findings=None,
             check(sequences[-1].hw == sequences[0].hw, f"{path}: frames of {sequences[-1].hw}, not {sequences[0].hw}")
         except ValueError as error:
             if findings is None:
-                raise ValueError(f"{error}; prepare anew what is damaged, python data.py {data_dir} lists it") from error
+                raise ValueError(f"{error}; python data.py {data_dir} lists what to prepare anew") from error
             findings.append(str(error))
     return sequences
 
@@ -254,7 +254,8 @@ class TrainData:
     sampling: "stream", "random" or "mixed" (of a micro-batch's slots mixed_stream : mixed_random, at least one each).
     Slots of a kind are numbered over processes, then micro-batches, then the batch: two processes of batch 2, or one
     that accumulates 2 micro-batches of 2, play what one of batch 4 plays. In steps_per_epoch steps a slot plays every
-    chunk once. flip, zoom_stream, zoom_random, zoom_in_share: probabilities; streams only zoom out, as in RVT. pin_memory: for CUDA.
+    chunk once. flip, zoom_stream, zoom_random, zoom_in_share: probabilities; streams only zoom out, as in RVT.
+    pin_memory: for copies to a GPU.
     ValueError: an impossible combination, or nothing to play.
     """
 
