@@ -280,7 +280,9 @@ class TrainData:
 
     def __getitem__(self, index):
         (H, W), (step, a), B = self.sequences[0].hw, divmod(index, self.accumulation), sum(self.slots)
-        events = torch.zeros(self.T, B, CHANNELS, H, W, dtype=torch.uint8, pin_memory=self.pin_memory)
+        shape = self.T, B, CHANNELS, H, W  # numpy's memory is used again, torch's is paged in anew: half the frames/s
+        events = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self.pin_memory else \
+            torch.from_numpy(np.empty(shape, np.uint8))
         is_first, maps, found = torch.empty(B, dtype=torch.bool), [], {}
         for b in range(B):
             kind, i = (0, b) if b < self.slots[0] else (1, b - self.slots[0])
@@ -288,6 +290,7 @@ class TrainData:
             (which, run, start, end), key = runs.place((self.group + a) * n + i, self.groups * n, step)
             sequence, is_first[b] = self.sequences[which], start == run
             sequence.read(start, end, events[:, b].numpy())
+            events[end - start:, b] = 0
             first, last = np.searchsorted(sequence.label_frames, (start, end))
             view = draw_view(np.random.default_rng(key), (H, W), sequence.boxes[last - 1], *self.augmentations[kind])
             maps.append((index_map(H, view.y, view.zoom, False), index_map(W, view.x, view.zoom, view.flip)))

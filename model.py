@@ -325,9 +325,12 @@ def reset_state(state, is_first):
 
 
 def keep_buffers():
-    """Let glibc reuse large buffers: else each big tensor on a CPU goes back to the kernel and is paged in anew."""
+    """Let glibc reuse large buffers: else each big tensor on a CPU goes back to the kernel and is paged in anew.
+
+    One arena, too: a loader's threads would have arenas of their own, which are too small for a batch.
+    """
     with suppress(OSError, AttributeError):  # another libc
-        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-8, 1)):  # M_MMAP_, M_TRIM_THRESHOLD, ARENA_MAX
             ctypes.CDLL(None).mallopt(option, value)
 
 
