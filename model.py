@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configurator import reading
+from configurator import reading, require
 
 Prediction = namedtuple("Prediction", "box_cxcywh obj cls grid")
 
@@ -438,8 +438,7 @@ def load_weights(model, weights, where):
                   for found in (model.state_dict(), weights))
     wrong = sorted(f"{key} is {given.get(key, 'missing')}, expected {own.get(key, 'nothing')}"
                    for key in own.keys() | given.keys() if own.get(key) != given.get(key))
-    if wrong:
-        raise ValueError(f"{where}: {len(wrong)} weights do not fit this architecture: {'; '.join(wrong[:3])}")
+    require(not wrong, f"{where}: {len(wrong)} weights do not fit this architecture: {'; '.join(wrong[:3])}")
     with reading(where):
         model.load_state_dict(weights)
     return model

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from configurator import command_line, configure, dump, reading
+from configurator import command_line, configure, dump, reading, require
 from loss import SizeAware, detection_loss
 from model import Detector, ModelConfig, load_rvt, load_weights, read_checkpoint, reset_state
 from simulate import ensure_toy
