@@ -47,7 +47,7 @@ FIRST_LABEL_US, JITTER_US = 100_000, 2_000   # earliest labelled frame; how far 
 MAX_LEAD_US, MAX_WINDOWS = 10_000_000, 10**6  # a clock that starts later is not filled with windows from 0 on; 14 hours
 MAX_GAP_US = 600_000_000                     # without events: sensors are noisy, so such a time is damaged
 BLOCK, UNKNOWN = 1 << 19, 2048               # events read at a time; side that a file leaves open: 11-bit coordinates
-NO_EVENTS = tuple(np.zeros(0, kind) for kind in ("i8", "i4", "i4", "u1"))
+END = tuple(np.full(1, value, kind) for value, kind in ((2**63 - 1, "i8"), (0, "i4"), (0, "i4"), (0, "u1")))  # of events
 
 
 # ---- recordings. A reader is a generator: first (height, width), 0 where unknown, then blocks (t, x, y, p) as stored
@@ -171,17 +171,16 @@ def windows(recording, ends_us=None):
     ends_us: ascending window ends, which may overlap, leave gaps or lie beyond the recording; None: every WINDOW_US
     from the first event on until the last event is out. Empty windows are four empty arrays.
     """
-    chunks, more = recording.chunks(), True
-    events = next(chunks, NO_EVENTS)
+    chunks = itertools.chain(recording.chunks(), [END])  # an event later than any window
+    events = next(chunks)
     for end in itertools.count(recording.first_us + WINDOW_US, WINDOW_US) if ends_us is None else ends_us:
-        while more and not (len(events[0]) and events[0][-1] > end):
-            new = next(chunks, NO_EVENTS)
-            more, first = len(new[0]) > 0, np.searchsorted(events[0], end - WINDOW_US, side="left")
-            events = tuple(np.concatenate((old[first:], column)) for old, column in zip(events, new))
-        if not more and ends_us is not None and ends_us[-1] - recording.last_us > MAX_GAP_US:
-            raise ValueError(f"{recording.path} ends at {recording.last_us} us, its labels at {ends_us[-1]}")
-        if ends_us is None and not more and (recording.last_us <= end - WINDOW_US or not recording.events):
+        while events[0][-1] <= end:
+            first = np.searchsorted(events[0], end - WINDOW_US, side="left")
+            events = tuple(np.concatenate((old[first:], new)) for old, new in zip(events, next(chunks)))
+        if ends_us is None and recording.last_us <= end - WINDOW_US:
             return
+        if ends_us is not None and recording.last_us < end and ends_us[-1] - recording.last_us > MAX_GAP_US:
+            raise ValueError(f"{recording.path} ends at {recording.last_us} us, its labels at {ends_us[-1]}")
         first, last = (np.searchsorted(events[0], *edge) for edge in ((end - WINDOW_US, "left"), (end, "right")))
         yield tuple(column[first:last] for column in events)
 
@@ -261,12 +260,10 @@ def label_frames(times, grid_us):
     frames, later = [], times[times >= FIRST_LABEL_US]
     while len(later):
         frames.append(int(later[0]))
-        ahead = later - later[0]
+        later = later[later - frames[-1] >= base - JITTER_US]
+        ahead = later - frames[-1]
         off_base, off_labels = (np.abs(ahead - np.rint(ahead / step) * step) > JITTER_US for step in (base, interval))
-        far = ahead >= base - JITTER_US
-        found = np.flatnonzero(far & ~off_base)
-        found = found if len(found) else np.flatnonzero(far & off_labels)
-        later = later[found[0]:] if len(found) else ()
+        later = later[np.maximum.accumulate(off_labels if off_base.all() else ~off_base)]  # from the first such label on
     return np.array(frames, np.int64), base / (2 if grid_us else max(1, round(base / WINDOW_US)))
 
 
@@ -277,10 +274,9 @@ def window_ends(frames, spacing_us, first_us):
     counts = np.maximum(1, np.rint(np.diff(frames) / spacing_us)).astype(np.int64)
     if counts.sum() + (frames[0] - start) // WINDOW_US > MAX_WINDOWS:
         raise ValueError(f"labels from {frames[0]} to {frames[-1]}: not microseconds in the recording's clock?")
-    ends = list(range(frames[0], start, -WINDOW_US))[::-1][1:-1]
-    for before, after, count in zip(frames, frames[1:], counts):
-        ends.extend(np.linspace(before, after, count + 1).astype(np.int64)[:-1])
-    return np.array([*ends, frames[-1]], np.int64)
+    lead = range(frames[0], start, -WINDOW_US)[:0:-1][1:]
+    between = [np.linspace(*ends, count + 1)[:-1] for *ends, count in zip(frames, frames[1:], counts)]
+    return np.concatenate((lead, *between, frames[-1:])).astype(np.int64)
 
 
 # ---- sequences
