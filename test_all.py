@@ -1879,7 +1879,7 @@ def test_ctrl_c_ends_preparation_and_simulation_at_once_and_in_silence(workers, 
 
 
 def test_a_process_that_dies_ends_preparation_in_one_line():
-    with pytest.raises(ValueError, match="a process died.*num_workers"):
+    with pytest.raises(ValueError, match="num_workers=1.*terminated abruptly"):
         list(prepare.run_jobs(os._exit, [1, 2], 1))
 
 
