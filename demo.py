@@ -15,11 +15,11 @@ import numpy as np
 from PIL import GifImagePlugin, Image, ImageDraw
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading
+from configurator import command_line, configure, reading, require
 from data import Sequence
 from eval import StreamDetector, load_detector
 from model import read_checkpoint
-from prepare import WINDOW_US, check, histogram, open_recording, windows
+from prepare import WINDOW_US, histogram, open_recording, windows
 from train import resolve_device
 
 # Of train.py or RVT; .h5 .hdf5 .dat .raw .evt2 .evt3 ..., or the folder of a prepared sequence; video, .gif or .mp4, in
@@ -106,7 +106,7 @@ def main(argv):
             for t_us, frame in tqdm(frames, "detecting", total, unit=" frames"):
                 found.append(detector(frame, t_us))
                 append(draw(frame, found[-1], names))
-        check(found, f"{config.recording}: no events in it")
+        require(found, f"{config.recording}: no events in it")
         found = np.concatenate(found)
         for name in "xywh":
             found[name] *= scale

@@ -22,7 +22,7 @@ import hdf5plugin
 import numpy as np
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading
+from configurator import command_line, configure, reading, require
 
 src, dst = "datasets/raw", "datasets/prepared"  # raw recordings in folders train, val, test; what they are made into
 # etram | gen4 | gen1 | own: what follows is the data set's where it is left empty; names of class ids 0, 1, ..., own
@@ -54,12 +54,6 @@ BLOCK, UNKNOWN = 1 << 19, 2048  # events read at a time; side that a file leaves
 END = tuple(np.full(1, value, kind) for value, kind in ((2**63 - 1, "i8"), (0, "i4"), (0, "i4"), (0, "u1")))
 
 
-def check(fine, what):
-    """ValueError(what) unless `fine`."""
-    if not fine:
-        raise ValueError(what)
-
-
 # ---- recordings. A reader is a generator: first (height, width), 0 where unknown, then blocks (t, x, y, p) as stored
 
 def read_column(column, start, stop):
@@ -72,7 +66,7 @@ def read_column(column, start, stop):
         mask, chunk = column.id.read_direct_chunk((at,) + (0,) * (column.ndim - 1))
         told = np.frombuffer(chunk, "<u4", 4)[1::2].tolist() if not mask else [len(chunk)] * 2  # in memory, in the file
         size = np.prod(column.chunks) * column.dtype.itemsize
-        check(told == [size, len(chunk)], f"sizes of a chunk are damaged, events from {at}")
+        require(told == [size, len(chunk)], f"sizes of a chunk are damaged, events from {at}")
     return column[start:stop].ravel()
 
 
@@ -80,7 +74,7 @@ def read_h5(recording):
     """HDF5 with t, x, y, p in a group `events` or `CD/events`, height and width as scalars or attributes."""
     with h5py.File(recording.path, "r") as file:
         group = file.get("events", file.get("CD/events"))
-        check(isinstance(group, h5py.Group), "no group 'events' or 'CD/events' in this HDF5 file")
+        require(isinstance(group, h5py.Group), "no group 'events' or 'CD/events' in this HDF5 file")
         sides = {"height": 0, "width": 0, **file.attrs, **group.attrs, **group}
         yield [int(np.asarray(sides[side]).item()) for side in ("height", "width")]
         columns = [group[key] for key in "txyp"]
@@ -97,7 +91,7 @@ def read_dat(recording):
         header = {}
         while file.peek(1)[:1] == b"%":
             header |= [(*file.readline(4096).decode("latin1").lower().split(), "", "")[1:3]]
-        check(header and file.read(2)[1:] == b"\x08", "not a DAT file of 8-byte events")
+        require(header and file.read(2)[1:] == b"\x08", "not a DAT file of 8-byte events")
         yield [int(header.get(side, 0)) for side in ("height", "width")]
         x_bits, y_bits = (14, 14) if int(header.get("version", 2)) >= 2 else (9, 8)
         while len(block := np.fromfile(file, [("t", "<u4"), ("xyp", "<u4")], BLOCK)):
@@ -133,11 +127,11 @@ class Recording:
     def __init__(self, path, height=0, width=0):
         self.path, self.reader = Path(path), READERS.get(Path(path).suffix.lower())
         self.events = self.outside = self.backwards = self.first_us = self.last_us = 0
-        check(self.reader, f"{path}: unknown format; known are {' '.join(READERS)}")
+        require(self.reader, f"{path}: unknown format; known are {' '.join(READERS)}")
         with reading(path):
             size = next(self.reader(self))
         self.height, self.width = size if all(size) else (height, width)
-        check(0 < self.height <= 1 << 13 and 0 < self.width <= 1 << 13,
+        require(0 < self.height <= 1 << 13 and 0 < self.width <= 1 << 13,
               f"{path}: a sensor of {self.height} x {self.width} px? Give --height and --width")
 
     def __str__(self):
@@ -154,11 +148,11 @@ class Recording:
                 inside = (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
                 t, x, y, p = (column if inside.all() else column[inside] for column in (t, x, y, p))
                 self.outside += len(inside) - len(t)
-                check(len(inside) <= 100 + 2 * len(t), f"most events lie off {self.height} x {self.width} px: damaged?")
+                require(len(inside) <= 100 + 2 * len(t), f"most lie off {self.height} x {self.width} px: damaged?")
                 if len(t):
                     raised = np.maximum(np.maximum.accumulate(t), self.last_us if self.events else t[0])
                     gap = np.diff(raised, prepend=self.last_us if self.events else raised[0]).view(np.uint64).max()
-                    check(gap <= MAX_GAP_US, f"no events for {gap // 10**6} s: a damaged time?")
+                    require(gap <= MAX_GAP_US, f"no events for {gap // 10**6} s: a damaged time?")
                     self.backwards += int(np.count_nonzero(raised > t))
                     self.first_us = self.first_us if self.events else int(t[0])
                     self.events, self.last_us = self.events + len(t), int(raised[-1])
@@ -182,7 +176,7 @@ def windows(recording, ends_us=None):
             events = tuple(np.concatenate((old[first:], new)) for old, new in zip(events, next(chunks)))
         if ends_us is None and recording.last_us <= end - WINDOW_US:
             return
-        check(ends_us is None or end <= recording.last_us or ends_us[-1] - recording.last_us <= MAX_GAP_US,
+        require(ends_us is None or end <= recording.last_us or ends_us[-1] - recording.last_us <= MAX_GAP_US,
               f"{recording.path} ends at {recording.last_us} us, its labels later than {end}")
         first, last = (np.searchsorted(events[0], *edge) for edge in ((end - WINDOW_US, "left"), (end, "right")))
         yield tuple(column[first:last] for column in events)
@@ -268,7 +262,7 @@ def window_ends(frames, spacing_us, first_us):
     equally spaced between frames, some spacing_us apart, one at each frame. first_us: of the recording."""
     start = first_us if first_us > MAX_LEAD_US else 0
     counts = np.maximum(1, np.rint(np.diff(frames) / spacing_us)).astype(np.int64)
-    check(counts.sum() + (frames[0] - start) // WINDOW_US <= MAX_WINDOWS, f"times to {frames[-1]}: not microseconds?")
+    require(counts.sum() + (frames[0] - start) // WINDOW_US <= MAX_WINDOWS, f"times to {frames[-1]}: not microseconds?")
     lead = range(frames[0], start, -WINDOW_US)[:0:-1][1:]  # ascending, without the frame and the earliest
     between = [np.linspace(*ends, count + 1)[:-1] for *ends, count in zip(frames, frames[1:], counts)]
     return np.concatenate((lead, *between, frames[-1:])).astype(np.int64)
@@ -355,7 +349,7 @@ def find_sequences(folder):
         if split in ("train", "val", "test") and (kind == "labels" or path.suffix.lower() in READERS):
             name = path.stem.removesuffix("_bbox").removesuffix(".dat").removesuffix("_td")
             found.setdefault((split, name), {"events": f"no recording beside {path}"})[kind] = path
-    check(found, f"{folder}: no recordings in its folders train, val and test")
+    require(found, f"{folder}: no recordings in its folders train, val and test")
     return [(*key, files) for key, files in found.items()]
 
 
@@ -368,7 +362,7 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     settings = dict(zip(OPTIONS, DATASETS.get(dataset, DATASETS["own"]))) | {k: v for k, v in changes.items() if v}
     options = SimpleNamespace(**settings, dataset=dataset, dst=dst)
     for key, choices in CHOICES.items():
-        check(getattr(options, key) in choices, f"{key}={getattr(options, key)!r}: expected {', '.join(choices)}")
+        require(getattr(options, key) in choices, f"{key}={getattr(options, key)!r}: expected {', '.join(choices)}")
     sequences, path = find_sequences(src), Path(dst, "dataset.json")
     if not options.class_names:
         ids = np.concatenate([[0], *(read_labels(f["labels"])["class_id"] for *_, f in sequences if "labels" in f)])
@@ -376,7 +370,7 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     about = dict(classes=list(options.class_names), box_filter=options.box_filter, downsample=options.downsample)
     with reading(path):
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
-        check(before | about == before, f"prepared with other classes or options; remove {dst} or choose another --dst")
+        require(before | about == before, f"prepared with other classes or options; remove {dst} or take another --dst")
     Path(dst, ".partial").mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(before), encoding="utf-8")
     jobs = [(*sequence, options) for sequence in sequences if not Path(dst, *sequence[:2]).exists()]
@@ -388,7 +382,7 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     path.write_text(json.dumps(before), encoding="utf-8")
     shutil.rmtree(Path(dst, ".partial"))
     failed = lines.pop("failed")
-    check(not failed, f"{len(failed)} of {len(jobs)} sequences failed, the others are in {dst}: {''.join(failed[:1])}")
+    require(not failed, f"{len(failed)} of {len(jobs)} failed, the others are in {dst}: {''.join(failed[:1])}")
     return {outcome: len(reported) for outcome, reported in lines.items() if reported}
 
 
