@@ -15,6 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def require(fine, what):
+    """ValueError(what) unless `fine`."""
+    if not fine:
+        raise ValueError(what)
+
+
 def value_of(key, value, defaults, where, text=False):
     """Value for `key`, of the type of its default: ints widen to floats; from `text`, words with commas make a tuple.
 
@@ -31,8 +37,7 @@ def value_of(key, value, defaults, where, text=False):
             value = tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else (value,)
     if (type(value), want) in ((int, float), (list, tuple)):
         value = want(value)
-    if type(value) is not want:
-        raise ValueError(f"{where}: {key}={given!r} is no {want.__name__} like {defaults[key]!r}")
+    require(type(value) is want, f"{where}: {key}={given!r} is no {want.__name__} like {defaults[key]!r}")
     return value
 
 
@@ -50,8 +55,7 @@ def configure(defaults, argv):
             key, given, text = word[2:].partition("=")
             if key in defaults and not given:
                 alone = not argv or argv[0].startswith("--")
-                if alone and not isinstance(defaults[key], bool):
-                    raise ValueError(f"command line: --{key} has no value; write --{key}=VALUE")
+                require(isinstance(defaults[key], bool) or not alone, f"--{key} has no value; write --{key}=VALUE")
                 text = "True" if alone else argv.pop(0)
             config[key] = value_of(key, text, defaults, "command line", text=True)
             continue

@@ -24,7 +24,7 @@ from numcodecs import blosc as blosc1
 from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading
+from configurator import command_line, configure, reading, require
 
 data_dir = "datasets/toy"  # a prepared data set; the first word of the command line may name it instead
 split = ""  # train, val or test; empty: all three
@@ -53,18 +53,12 @@ View = namedtuple("View", "flip zoom x y", defaults=(False, 1.0, 0, 0))
 # ---------------------------------------------------------------------------------------- prepared sequences
 
 
-def check(fine, what):
-    """ValueError(what) unless `fine`."""
-    if not fine:
-        raise ValueError(what)
-
-
 def read_ascending(path, end, count=None, key=()):
     """Integers (n,) int64 of a .npy, or of `key` in a .npz; ValueError unless they ascend in range(end), n = count."""
     with reading(path):
         array = np.load(path, allow_pickle=False)[key].astype(np.int64, casting="same_kind")
-        check(array.ndim == 1 and count in (None, len(array)), f"{key or ''} {array.shape}, expected ({count or 'n'},)")
-        check((array >= 0).all() and (np.diff(array, append=end) > 0).all(), f"{key or ''} out of order or above {end}")
+        require(array.ndim == 1 and count in (None, len(array)), f"{key or ''} {array.shape}, not ({count or 'n'},)")
+        require((array >= 0).all() and (np.diff(array, append=end) > 0).all(), f"{key or ''} unsorted or above {end}")
         return array
 
 
@@ -73,7 +67,7 @@ def open_events(path, version):
     """(dataset 'data', whether it is Blosc frame by frame) for each version of a file; ValueError."""
     with reading(path):
         data = h5py.File(path, "r")["data"]
-        check(data.dtype == np.uint8 and data.ndim == 4 and data.shape[1] == CHANNELS and 0 not in data.shape,
+        require(data.dtype == np.uint8 and data.ndim == 4 and data.shape[1] == CHANNELS and 0 not in data.shape,
               f"data is {data.dtype} {data.shape}, expected uint8 (N, {CHANNELS}, H, W) with N > 0")
         return data, data.chunks == (1, *data.shape[1:]) and data.filter_ids == (hdf5plugin.BLOSC_ID,)
 
@@ -107,7 +101,7 @@ class Sequence:
     def __init__(self, path, resolution="auto", num_classes=0, decode=False):
         self.path, self.name, folder = Path(path), Path(path).name, Path(path) / REPRESENTATION
         kind = next((k for k in FILES if resolution in ("auto", k) and (folder / FILES[k]).is_file()), None)
-        check(kind, f"{path}: no events for resolution={resolution!r}; prepare.py --src=RAW --dst=DATA prepares them")
+        require(kind, f"{path}: no events for {resolution=}; take --resolution=auto, or prepare anew")
         self.file, self.version = str(folder / FILES[kind]), os.stat(folder / FILES[kind]).st_mtime_ns
         shape = open_events(self.file, self.version)[0].shape
         self.length, self.hw, scale = shape[0], shape[2:], 1 + (kind == "half")
@@ -120,8 +114,8 @@ class Sequence:
             raw = np.ones(len(labels), BOX_DTYPE)
             for name in set(BOX_DTYPE.names) - {"track_id", "class_confidence"}.difference(labels.dtype.names):
                 raw[name] = labels[name]  # older sets lack these two
-            check(np.isfinite([raw[n] for n in "xywh"]).all() and (np.diff(raw["t"]) >= 0).all(), "infinite, unsorted")
-            check(raw["class_id"].max(initial=0) < (num_classes or 2**16), f"class ids beyond {num_classes}: name all")
+            require(np.isfinite([raw[n] for n in "xywh"]).all() and (np.diff(raw["t"]) >= 0).all(), "inf or unsorted")
+            require(raw["class_id"].max(initial=0) < (num_classes or 2**16), f"class ids from {num_classes}: name all")
         first = read_ascending(path, len(raw), len(frames), "objframe_idx_2_label_idx")
         frame_of = np.repeat(frames, np.diff(first, append=len(raw)))
         # boxes before the first labelled frame belong to none
@@ -140,7 +134,7 @@ class Sequence:
                     data.read_direct(target, np.s_[frame])
                     continue
                 # Blosc trusts the sizes in a chunk's header (README_CHUNK_FORMAT.rst of c-blosc 1)
-                check(np.frombuffer(chunk, "<u4", 4)[1::2].tolist() == [target.nbytes, len(chunk)], "damaged sizes")
+                require(np.frombuffer(chunk, "<u4", 4)[1::2].tolist() == [target.nbytes, len(chunk)], "damaged sizes")
                 blosc1.decompress(chunk, target)
         return out
 
@@ -156,10 +150,10 @@ def open_split(data_dir, split, num_classes=0, resolution="auto", findings=None,
     for path in tqdm(sorted(filter(Path.is_dir, folder.glob("[!.]*"))) or [folder], split, leave=False, disable=None):
         try:
             sequences.append(Sequence(path, resolution, num_classes, decode))
-            check(sequences[-1].hw == sequences[0].hw, f"{path}: frames of {sequences[-1].hw}, not {sequences[0].hw}")
+            require(sequences[-1].hw == sequences[0].hw, f"{path}: frames of {sequences[-1].hw}, not {sequences[0].hw}")
         except ValueError as error:
             if findings is None:
-                raise ValueError(f"{error}; prepare anew what is damaged, python data.py {data_dir} lists it") from error
+                raise ValueError(f"{error}; python data.py {data_dir} lists what to prepare anew") from error
             findings.append(str(error))
     return sequences
 
@@ -169,7 +163,7 @@ def load_classes(data_dir, class_names=(), num_classes=0):
     path, names = Path(data_dir) / "dataset.json", class_names or map(str, range(num_classes))
     with reading(path):
         names = tuple(name + "" for name in (json.loads(path.read_bytes())["classes"] if path.is_file() else names))
-        check(names and num_classes in (0, len(names)), f"{num_classes=}, but {len(names)} names: set class_names")
+        require(names and num_classes in (0, len(names)), f"{num_classes=}, but {len(names)} names: set class_names")
     return names
 
 
@@ -254,7 +248,8 @@ class TrainData:
     sampling: "stream", "random" or "mixed" (of a micro-batch's slots mixed_stream : mixed_random, at least one each).
     Slots of a kind are numbered over processes, then micro-batches, then the batch: two processes of batch 2, or one
     that accumulates 2 micro-batches of 2, play what one of batch 4 plays. In steps_per_epoch steps a slot plays every
-    chunk once. flip, zoom_stream, zoom_random, zoom_in_share: probabilities; streams only zoom out, as in RVT. pin_memory: for CUDA.
+    chunk once. flip, zoom_stream, zoom_random, zoom_in_share: probabilities; streams only zoom out, as in RVT.
+    pin_memory: for copies to a GPU.
     ValueError: an impossible combination, or nothing to play.
     """
 
@@ -262,9 +257,9 @@ class TrainData:
                  world_size=1, mixed_stream=1, mixed_random=1, flip=0.5, zoom_stream=0.5, zoom_random=0.8,
                  zoom_in_share=0.8, zoom_in_max=1.5, zoom_out_max=1.2, pin_memory=False):
         mixed, most = sampling == "mixed", (zoom_in_max, zoom_out_max)
-        check(sampling in ("stream", "random") or mixed and batch_size > 1 and min(mixed_stream, mixed_random) > 0,
+        require(sampling in ("stream", "random") or mixed and batch_size > 1 and min(mixed_stream, mixed_random) > 0,
               f"{sampling=}: expected stream, random, or mixed with batch_size >= 2 and mixed_stream, mixed_random > 0")
-        check(min(sequence_length, batch_size, gradient_accumulation_steps, zoom_in_max, zoom_out_max, seed + 1) >= 1,
+        require(min(sequence_length, batch_size, gradient_accumulation_steps, zoom_in_max, zoom_out_max, seed + 1) >= 1,
               "sequence_length, batch_size, gradient_accumulation_steps, zoom_*_max from 1; seed from 0")
         share = mixed_stream / (mixed_stream + mixed_random) if mixed else sampling == "stream"
         streams = min(max(round(batch_size * share), int(mixed)), batch_size - mixed)  # mixed: one of each at least
@@ -274,12 +269,14 @@ class TrainData:
         self.group, self.groups = rank * self.accumulation, world_size * self.accumulation
         self.augmentations = (flip, zoom_stream, 0.0, *most), (flip, zoom_random, zoom_in_share, *most)
         self.runs = [Runs(sequences, self.T, seed, random) for random in (False, True)]
-        check(self.runs[self.slots[1] > 0].chunks, f"{sequences[0].path.parent}: no labelled frame for {sampling=}")
+        require(self.runs[self.slots[1] > 0].chunks, f"{sequences[0].path.parent}: no labelled frame for {sampling=}")
         self.steps_per_epoch = len(self.runs[not streams].chunks)
 
     def __getitem__(self, index):
         (H, W), (step, a), B = self.sequences[0].hw, divmod(index, self.accumulation), sum(self.slots)
-        events = torch.zeros(self.T, B, CHANNELS, H, W, dtype=torch.uint8, pin_memory=self.pin_memory)
+        shape = self.T, B, CHANNELS, H, W  # numpy's memory is used again, torch's is paged in anew: half the frames/s
+        events = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self.pin_memory else \
+            torch.from_numpy(np.empty(shape, np.uint8))
         is_first, maps, found = torch.empty(B, dtype=torch.bool), [], {}
         for b in range(B):
             kind, i = (0, b) if b < self.slots[0] else (1, b - self.slots[0])
@@ -287,6 +284,7 @@ class TrainData:
             (which, run, start, end), key = runs.place((self.group + a) * n + i, self.groups * n, step)
             sequence, is_first[b] = self.sequences[which], start == run
             sequence.read(start, end, events[:, b].numpy())
+            events[end - start:, b] = 0
             first, last = np.searchsorted(sequence.label_frames, (start, end))
             view = draw_view(np.random.default_rng(key), (H, W), sequence.boxes[last - 1], *self.augmentations[kind])
             maps.append((index_map(H, view.y, view.zoom, False), index_map(W, view.x, view.zoom, view.flip)))
@@ -334,7 +332,7 @@ def make_loader(item, start=0, num_workers=0):
 def size_thresholds(sequences):
     """(small, medium): terciles of the box areas of `sequences`, input pixels^2; ValueError if there are no boxes."""
     areas = [boxes["w"] * boxes["h"] for sequence in sequences for boxes in sequence.boxes]
-    check(areas, "no boxes to take size thresholds from; set small_threshold and medium_threshold")
+    require(areas, "no boxes to take size thresholds from; set small_threshold and medium_threshold")
     return tuple(np.quantile(np.concatenate(areas), (1 / 3, 2 / 3)).tolist())
 
 
@@ -365,7 +363,7 @@ def main(argv):
         Path(config.picture).parent.mkdir(parents=True, exist_ok=True)
         axes.figure.savefig(config.picture)
     print("".join(f"FINDING: {finding}\n" for finding in findings), end="")
-    check(not findings, f"{root}: training would fail, findings: {len(findings)}")
+    require(not findings, f"{root}: training would fail, findings: {len(findings)}")
 
 
 if __name__ == "__main__":

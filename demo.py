@@ -15,7 +15,7 @@ import numpy as np
 from PIL import GifImagePlugin, Image, ImageDraw
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading
+from configurator import command_line, configure, reading, require
 from data import Sequence
 from eval import StreamDetector, load_detector
 from model import read_checkpoint
@@ -44,12 +44,11 @@ def draw(events, detections, class_names, truth=()):
     pixels = BACKGROUND + sum(count * np.subtract(colour, BACKGROUND) for count, colour in zip(counts, COLOURS))
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((W * scale, H * scale), Image.NEAREST)
     canvas = ImageDraw.Draw(image)
-    for k, box in enumerate((*truth, *detections)):
-        edges = np.nan_to_num([box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]]) * scale
-        edges = edges.clip(0, (W * scale - 1, H * scale - 1) * 2).tolist()
-        colour = PALETTE[box["class_id"] % len(PALETTE)] if k >= len(truth) else "white"
+    for k, (_, x, y, w, h, kind, _, score) in enumerate(box.tolist() for box in (*truth, *detections)):
+        edges = np.clip(np.nan_to_num([x, y, x + w, y + h]) * scale, 0, (W * scale - 1, H * scale - 1) * 2).tolist()
+        colour = PALETTE[kind % len(PALETTE)] if k >= len(truth) else "white"
+        text = f"{class_names[kind]} {score:.2f}" if k >= len(truth) else ""
         canvas.rectangle(edges, outline=colour, width=2 if k >= len(truth) else 1)
-        text = f"{class_names[box['class_id']]} {box['class_confidence']:.2f}" if k >= len(truth) else ""
         canvas.text((edges[0], max(edges[1] - 13, 0)), text, colour, stroke_width=2, stroke_fill=BACKGROUND)
     return image
 
@@ -107,8 +106,7 @@ def main(argv):
             for t_us, frame in tqdm(frames, "detecting", total, unit=" frames"):
                 found.append(detector(frame, t_us))
                 append(draw(frame, found[-1], names))
-        if not found:
-            raise ValueError(f"{config.recording}: no events in it")
+        require(found, f"{config.recording}: no events in it")
         found = np.concatenate(found)
         for name in "xywh":
             found[name] *= scale

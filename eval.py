@@ -392,7 +392,7 @@ def main(argv):
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     names = load_classes(config.data_dir, config.class_names, config.num_classes)
-    sequences = open_split(config.data_dir, config.split, len(names))
+    sequences = open_split(config.data_dir, config.split, len(names), config.resolution)
     model = load_detector(path, sequences[0].hw, config.partition_split, config.dim_head).to(device)
     load_classes(config.data_dir, names, model.config.num_classes)  # ValueError where the data has others
     options = {key: getattr(config, key) for key in ("num_workers", "confidence", "nms_iou", "score")}

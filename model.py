@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configurator import reading
+from configurator import reading, require
 
 Prediction = namedtuple("Prediction", "box_cxcywh obj cls grid")
 
@@ -325,9 +325,12 @@ def reset_state(state, is_first):
 
 
 def keep_buffers():
-    """Let glibc reuse large buffers: else each big tensor on a CPU goes back to the kernel and is paged in anew."""
+    """Let glibc reuse large buffers: else each big tensor on a CPU goes back to the kernel and is paged in anew.
+
+    One arena, too: a loader's threads would have arenas of their own, which are too small for a batch.
+    """
     with suppress(OSError, AttributeError):  # another libc
-        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-8, 1)):  # M_MMAP_, M_TRIM_THRESHOLD, ARENA_MAX
             ctypes.CDLL(None).mallopt(option, value)
 
 
@@ -435,8 +438,7 @@ def load_weights(model, weights, where):
                   for found in (model.state_dict(), weights))
     wrong = sorted(f"{key} is {given.get(key, 'missing')}, expected {own.get(key, 'nothing')}"
                    for key in own.keys() | given.keys() if own.get(key) != given.get(key))
-    if wrong:
-        raise ValueError(f"{where}: {len(wrong)} weights do not fit this architecture: {'; '.join(wrong[:3])}")
+    require(not wrong, f"{where}: {len(wrong)} weights do not fit this architecture: {'; '.join(wrong[:3])}")
     with reading(where):
         model.load_state_dict(weights)
     return model

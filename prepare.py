@@ -9,12 +9,12 @@ Out: DST/{train,val,test}/NAME/{event_representations_v2,labels_v2}/..., DST/dat
 
 import itertools
 import json
-import math
-import multiprocessing
 import shutil
 import signal
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import h5py
@@ -22,15 +22,16 @@ import hdf5plugin
 import numpy as np
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading
+from configurator import command_line, configure, reading, require
 
 src, dst = "datasets/raw", "datasets/prepared"  # raw recordings in folders train, val, test; what they are made into
-dataset = "own"    # etram | gen4 | gen1 | own: what follows is the data set's where it is left empty
-box_filter = ""    # none | sides5 | prophesee (drops small objects, see filter_boxes); own data: none
-downsample = ""    # none | nearest (odd rows and columns, RVT's half resolution) | sum (of 2x2 pixels); own data: none
-class_names = ()   # names of class ids 0, 1, ...; own data: "0", "1", ... up to the largest id in the labels
-height, width = 0, 0  # px, of recordings that do not tell
-num_workers = 0    # processes; 0: all in this one
+# etram | gen4 | gen1 | own: what follows is the data set's where it is left empty; names of class ids 0, 1, ..., own
+# data: "0", "1", ... up to the largest id in the labels
+dataset, class_names = "own", ()
+# none | sides5 | prophesee (drops small objects, see filter_boxes), own data: none; none | nearest (odd rows and
+# columns, RVT's half resolution) | sum (of 2x2 pixels), own data: none
+box_filter, downsample = "", ""
+height, width, num_workers = 0, 0, 0  # px, of recordings that do not tell; processes, 0: all in this one
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
 OPTIONS = "height", "width", "box_filter", "downsample", "grid_us", "class_names"
@@ -42,43 +43,45 @@ DATASETS = {  # grid_us: step between labelled frames; 0: the whole number of la
 }
 CHOICES = dict(dataset=DATASETS, box_filter=("none", "sides5", "prophesee"), downsample=("none", "nearest", "sum"))
 LABEL = np.dtype([*zip("t x y w h class_id track_id class_confidence".split(), "i8 f4 f4 f4 f4 u4 u4 f4".split())])
-BINS, MAX_COUNT, WINDOW_US = 10, 10, 50_000  # time bins a polarity; largest count stored; length of a window
-FIRST_LABEL_US, JITTER_US = 100_000, 2_000   # earliest labelled frame; how far off the label grid a label may be
-MAX_LEAD_US, MAX_WINDOWS = 10_000_000, 10**6  # a clock that starts later is not filled with windows from 0 on; 14 hours
-MAX_GAP_US = 600_000_000                     # without events: sensors are noisy, so such a time is damaged
-BLOCK, UNKNOWN = 1 << 19, 2048               # events read at a time; side that a file leaves open: 11-bit coordinates
-NO_EVENTS = tuple(np.zeros(0, kind) for kind in ("i8", "i4", "i4", "u1"))
+# Time bins a polarity; largest count stored; length of a window; earliest labelled frame; how far off the grid of
+# labels a label may be.
+BINS, MAX_COUNT, WINDOW_US, FIRST_LABEL_US, JITTER_US = 10, 10, 50_000, 100_000, 2_000
+# A clock that starts later is not filled with windows from 0 on; without events for longer a time is damaged, for
+# sensors are noisy; 14 hours.
+MAX_LEAD_US, MAX_GAP_US, MAX_WINDOWS = 10_000_000, 600_000_000, 10**6
+BLOCK, UNKNOWN = 1 << 19, 2048  # events read at a time; side that a file leaves open: 11-bit coordinates
+# What closes a recording: an event later than any.
+END = tuple(np.full(1, value, kind) for value, kind in ((2**63 - 1, "i8"), (0, "i4"), (0, "i4"), (0, "u1")))
 
 
 # ---- recordings. A reader is a generator: first (height, width), 0 where unknown, then blocks (t, x, y, p) as stored
 
-def check_chunks(column, start, stop):
-    """ValueError where Blosc chunks lie about their sizes (README_CHUNK_FORMAT.rst of c-blosc 1): HDF5 would crash."""
-    step, size = column.chunks[0], math.prod(column.chunks) * column.dtype.itemsize
-    for at in range(start - start % step, min(stop, len(column)), step):
+def read_column(column, start, stop):
+    """Values of an HDF5 column, (n,). ValueError where Blosc chunks lie about their sizes: HDF5 would crash.
+
+    Source: README_CHUNK_FORMAT.rst of c-blosc 1.
+    """
+    blosc = hdf5plugin.BLOSC_ID in column.filter_ids[-1:]
+    for at in range(start - start % column.chunks[0], min(stop, len(column)), column.chunks[0]) if blosc else ():
         mask, chunk = column.id.read_direct_chunk((at,) + (0,) * (column.ndim - 1))
-        if [size, len(chunk)] != ([size] * 2 if mask else np.frombuffer(chunk, "<u4", 4)[1::2].tolist()):
-            raise ValueError(f"sizes of a chunk are damaged, events from {at}")
+        told = np.frombuffer(chunk, "<u4", 4)[1::2].tolist() if not mask else [len(chunk)] * 2  # in memory, in the file
+        size = np.prod(column.chunks) * column.dtype.itemsize
+        require(told == [size, len(chunk)], f"sizes of a chunk are damaged, events from {at}")
+    return column[start:stop].ravel()
 
 
 def read_h5(recording):
     """HDF5 with t, x, y, p in a group `events` or `CD/events`, height and width as scalars or attributes."""
     with h5py.File(recording.path, "r") as file:
         group = file.get("events", file.get("CD/events"))
-        if not isinstance(group, h5py.Group):
-            raise ValueError("no group 'events' or 'CD/events' in this HDF5 file")
-        size = {side: int(np.asarray(place[side]).item()) for place in (file.attrs, group.attrs, group)
-                for side in ("height", "width") if side in place}
-        yield size.get("height", 0), size.get("width", 0)
+        require(isinstance(group, h5py.Group), "no group 'events' or 'CD/events' in this HDF5 file")
+        sides = {"height": 0, "width": 0, **file.attrs, **group.attrs, **group}
+        yield [int(np.asarray(sides[side]).item()) for side in ("height", "width")]
         columns = [group[key] for key in "txyp"]
-        chunk = max((column.chunks or (1,))[0] for column in columns)
-        step = -(-BLOCK // chunk) * chunk  # whole chunks, so that none is decompressed twice
+        step = max(BLOCK, *((column.chunks or (1,))[0] for column in columns))  # a whole chunk, to decompress it once
         offset = int(file["t_offset"][()]) if "t_offset" in file else 0  # DSEC's
         for i in range(0, min(map(len, columns)), step):
-            for column in columns:
-                if hdf5plugin.BLOSC_ID in column.filter_ids[-1:]:
-                    check_chunks(column, i, i + step)
-            t, x, y, p = np.broadcast_arrays(*(column[i:i + step].ravel() for column in columns))
+            t, x, y, p = np.broadcast_arrays(*(read_column(column, i, i + step) for column in columns))
             yield t.astype(np.int64) + offset, x, y, p > 0
 
 
@@ -87,10 +90,8 @@ def read_dat(recording):
     with open(recording.path, "rb") as file:
         header = {}
         while file.peek(1)[:1] == b"%":
-            key, value, *_ = *file.readline(4096).decode("latin1").lower().split()[1:], "", ""
-            header[key] = value
-        if not header or file.read(2)[1:] != b"\x08":
-            raise ValueError("not a DAT file of 8-byte events")
+            header |= [(*file.readline(4096).decode("latin1").lower().split(), "", "")[1:3]]
+        require(header and file.read(2)[1:] == b"\x08", "not a DAT file of 8-byte events")
         yield [int(header.get(side, 0)) for side in ("height", "width")]
         x_bits, y_bits = (14, 14) if int(header.get("version", 2)) >= 2 else (9, 8)
         while len(block := np.fromfile(file, [("t", "<u4"), ("xyp", "<u4")], BLOCK)):
@@ -102,9 +103,8 @@ def read_faery(recording):
     """EVT2, EVT3 (.raw with a header; .evt2, .evt3 without), AEDAT4, Event Stream, by the optional package faery."""
     with reading("this format needs: pip install faery"):
         import faery
-    kind = recording.path.suffix.lower()[1:]
-    bare = {"file_type": "evt", "version_fallback": kind} if kind in ("evt2", "evt3") else {}
-    stream = faery.events_stream_from_file(recording.path, dimensions_fallback=(UNKNOWN, UNKNOWN), **bare)
+    version = {".evt2": "evt2", ".evt3": "evt3"}.get(recording.path.suffix.lower())  # these have no header
+    stream = faery.events_stream_from_file(recording.path, None, (UNKNOWN,) * 2, version, file_type=version and "evt")
     yield [side if side != UNKNOWN else 0 for side in reversed(stream.dimensions())]
     packets = iter(stream)
     while block := list(itertools.islice(packets, 64)):  # of some 10,000 events each
@@ -127,13 +127,12 @@ class Recording:
     def __init__(self, path, height=0, width=0):
         self.path, self.reader = Path(path), READERS.get(Path(path).suffix.lower())
         self.events = self.outside = self.backwards = self.first_us = self.last_us = 0
-        if self.reader is None:
-            raise ValueError(f"{path}: unknown format; known are {' '.join(READERS)}")
+        require(self.reader, f"{path}: unknown format; known are {' '.join(READERS)}")
         with reading(path):
             size = next(self.reader(self))
         self.height, self.width = size if all(size) else (height, width)
-        if not (0 < self.height <= 1 << 13 and 0 < self.width <= 1 << 13):
-            raise ValueError(f"{path}: a sensor of {self.height} x {self.width} px? Give --height and --width")
+        require(0 < self.height <= 1 << 13 and 0 < self.width <= 1 << 13,
+              f"{path}: a sensor of {self.height} x {self.width} px? Give --height and --width")
 
     def __str__(self):
         return f"{self.path}, after {self.events} events up to {self.last_us} us"
@@ -149,13 +148,11 @@ class Recording:
                 inside = (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
                 t, x, y, p = (column if inside.all() else column[inside] for column in (t, x, y, p))
                 self.outside += len(inside) - len(t)
-                if len(inside) > 100 + 2 * len(t):
-                    raise ValueError(f"most events lie off {self.height} x {self.width} px: damaged? Another sensor?")
+                require(len(inside) <= 100 + 2 * len(t), f"most lie off {self.height} x {self.width} px: damaged?")
                 if len(t):
                     raised = np.maximum(np.maximum.accumulate(t), self.last_us if self.events else t[0])
                     gap = np.diff(raised, prepend=self.last_us if self.events else raised[0]).view(np.uint64).max()
-                    if gap > MAX_GAP_US:
-                        raise ValueError(f"no events for {gap // 10**6} s: a damaged time?")
+                    require(gap <= MAX_GAP_US, f"no events for {gap // 10**6} s: a damaged time?")
                     self.backwards += int(np.count_nonzero(raised > t))
                     self.first_us = self.first_us if self.events else int(t[0])
                     self.events, self.last_us = self.events + len(t), int(raised[-1])
@@ -171,17 +168,16 @@ def windows(recording, ends_us=None):
     ends_us: ascending window ends, which may overlap, leave gaps or lie beyond the recording; None: every WINDOW_US
     from the first event on until the last event is out. Empty windows are four empty arrays.
     """
-    chunks, more = recording.chunks(), True
-    events = next(chunks, NO_EVENTS)
+    chunks = itertools.chain(recording.chunks(), [END])
+    events = next(chunks)
     for end in itertools.count(recording.first_us + WINDOW_US, WINDOW_US) if ends_us is None else ends_us:
-        while more and not (len(events[0]) and events[0][-1] > end):
-            new = next(chunks, NO_EVENTS)
-            more, first = len(new[0]) > 0, np.searchsorted(events[0], end - WINDOW_US, side="left")
-            events = tuple(np.concatenate((old[first:], column)) for old, column in zip(events, new))
-        if not more and ends_us is not None and ends_us[-1] - recording.last_us > MAX_GAP_US:
-            raise ValueError(f"{recording.path} ends at {recording.last_us} us, its labels at {ends_us[-1]}")
-        if ends_us is None and not more and (recording.last_us <= end - WINDOW_US or not recording.events):
+        while events[0][-1] <= end:
+            first = np.searchsorted(events[0], end - WINDOW_US, side="left")
+            events = tuple(np.concatenate((old[first:], new)) for old, new in zip(events, next(chunks)))
+        if ends_us is None and recording.last_us <= end - WINDOW_US:
             return
+        require(ends_us is None or end <= recording.last_us or ends_us[-1] - recording.last_us <= MAX_GAP_US,
+              f"{recording.path} ends at {recording.last_us} us, its labels later than {end}")
         first, last = (np.searchsorted(events[0], *edge) for edge in ((end - WINDOW_US, "left"), (end, "right")))
         yield tuple(column[first:last] for column in events)
 
@@ -197,17 +193,14 @@ def histogram(t, x, y, p, height, width, downsample="none"):
     half = int(downsample != "none")
     H, W = height >> half, width >> half
     counts = np.zeros((2 * BINS, H, W), np.uint8)
-    if not len(t):
-        return counts
-    start, span = t[0], np.float32(max(int(t[-1]) - int(t[0]), 1))
+    start, end = t[:1].sum(), t[-1:].sum()  # 0 where there are no events
     if half:
         keep = np.flatnonzero(x & y & 1 if downsample == "nearest" else (x < 2 * W) & (y < 2 * H))
         t, x, y, p = t[keep], x[keep] >> 1, y[keep] >> 1, p[keep]
-    time_bin = ((t - start).astype(np.float32) / span * np.float32(BINS)).astype(np.int32)
-    index = ((np.minimum(time_bin, BINS - 1) + (p > 0) * np.int32(BINS)) * H + y) * W + x
-    index.sort()  # most pixels are empty, so that this is faster than np.bincount
-    begin = np.flatnonzero(np.diff(index, prepend=-1))
-    counts.reshape(-1)[index[begin]] = np.minimum(np.diff(begin, append=len(index)), MAX_COUNT)
+    time_bin = np.minimum((t - start).astype(np.float32) / float(max(end - start, 1)) * BINS, BINS - 1).astype("i4")
+    # Most pixels are empty, so that sorting is faster than np.bincount.
+    index, number = np.unique(((time_bin + (p > 0) * np.int32(BINS)) * H + y) * W + x, return_counts=True)
+    counts.reshape(-1)[index] = np.minimum(number, MAX_COUNT)
     return counts
 
 
@@ -220,11 +213,10 @@ def read_labels(path):
     """
     with reading(path), np.errstate(invalid="ignore"):
         stored = np.load(path, allow_pickle=False).ravel()
-        boxes, older = np.ones(len(stored), LABEL), {"t": "ts", "class_confidence": "confidence"}
-        for name in LABEL.names:
-            found = older[name] if name in older and older[name] in stored.dtype.names else name
-            if found in stored.dtype.names or name not in ("track_id", "class_confidence"):
-                boxes[name] = stored[found]
+        stored.dtype.names = [{"ts": "t", "confidence": "class_confidence"}.get(n, n) for n in stored.dtype.names]
+        boxes = np.ones(len(stored), LABEL)
+        for name in set(LABEL.names) - {"track_id", "class_confidence"}.difference(stored.dtype.names):
+            boxes[name] = stored[name]
         return boxes[np.argsort(boxes["t"], kind="stable")]
 
 
@@ -236,17 +228,15 @@ def filter_boxes(boxes, height, width, num_classes, box_filter, train):
     not trained on.
     """
     for corner, side, limit in (("x", "w", width - 1), ("y", "h", height - 1)):
-        first = np.clip(boxes[corner], 0, limit)
-        boxes[side] = np.clip(boxes[corner] + boxes[side], 0, limit) - first
-        boxes[corner] = first
-    ids, w, h = boxes["class_id"].astype(np.int64), boxes["w"], boxes["h"]
+        edges = np.clip((boxes[corner], boxes[corner] + boxes[side]), 0, limit)
+        boxes[corner], boxes[side] = edges[0], edges[1] - edges[0]
+    w, h = boxes["w"], boxes["h"]
     unit = 10 if width == 304 else 20 * width / 1280
     side, diagonal = {"none": (0, 0), "sides5": (5, 0), "prophesee": (unit, 3 * unit)}[box_filter]
-    good = {"of unknown class": (ids >= 0) & (ids < num_classes), "off the frame": (w > 0) & (h > 0),  # False for NaN
+    good = {"of unknown class": boxes["class_id"] < num_classes, "off the frame": (w > 0) & (h > 0),  # False for NaN
             "too small": (w >= side) & (h >= side) & (w ** 2 + h ** 2 >= diagonal ** 2),
             "too wide": w <= (9 * width // 10 if train else width)}
-    kept = np.logical_and.reduce(list(good.values()))
-    return boxes[kept], {f"boxes {reason}": int((~passed).sum()) for reason, passed in good.items()}
+    return boxes[np.all([*good.values()], 0)], {f"boxes {why}": int((~fine).sum()) for why, fine in good.items()}
 
 
 def label_frames(times, grid_us):
@@ -261,12 +251,9 @@ def label_frames(times, grid_us):
     frames, later = [], times[times >= FIRST_LABEL_US]
     while len(later):
         frames.append(int(later[0]))
-        ahead = later - later[0]
-        off_base, off_labels = (np.abs(ahead - np.rint(ahead / step) * step) > JITTER_US for step in (base, interval))
-        far = ahead >= base - JITTER_US
-        found = np.flatnonzero(far & ~off_base)
-        found = found if len(found) else np.flatnonzero(far & off_labels)
-        later = later[found[0]:] if len(found) else ()
+        later = later[later - frames[-1] >= base - JITTER_US]
+        off_base, off_labels = ((later - frames[-1] + JITTER_US) % us > 2 * JITTER_US for us in (base, interval))
+        later = later[np.maximum.accumulate(off_labels if off_base.all() else ~off_base)]  # from the first such on
     return np.array(frames, np.int64), base / (2 if grid_us else max(1, round(base / WINDOW_US)))
 
 
@@ -275,90 +262,81 @@ def window_ends(frames, spacing_us, first_us):
     equally spaced between frames, some spacing_us apart, one at each frame. first_us: of the recording."""
     start = first_us if first_us > MAX_LEAD_US else 0
     counts = np.maximum(1, np.rint(np.diff(frames) / spacing_us)).astype(np.int64)
-    if counts.sum() + (frames[0] - start) // WINDOW_US > MAX_WINDOWS:
-        raise ValueError(f"labels from {frames[0]} to {frames[-1]}: not microseconds in the recording's clock?")
-    ends = list(range(frames[0], start, -WINDOW_US))[::-1][1:-1]
-    for before, after, count in zip(frames, frames[1:], counts):
-        ends.extend(np.linspace(before, after, count + 1).astype(np.int64)[:-1])
-    return np.array([*ends, frames[-1]], np.int64)
+    require(counts.sum() + (frames[0] - start) // WINDOW_US <= MAX_WINDOWS, f"times to {frames[-1]}: not microseconds?")
+    lead = range(frames[0], start, -WINDOW_US)[:0:-1][1:]  # ascending, without the frame and the earliest
+    between = [np.linspace(*ends, count + 1)[:-1] for *ends, count in zip(frames, frames[1:], counts)]
+    return np.concatenate((lead, *between, frames[-1:])).astype(np.int64)
 
 
 # ---- sequences
 
-def write_sequence(files, train, folder, options):
-    """Write a sequence into a new folder, unless no labels are left in it; returns ((height, width), report)."""
-    events = files.get("events", f"no recording beside {files.get('labels')}")
-    recording, boxes, found = open_recording(events, options.height, options.width), np.zeros(0, LABEL), {}
-    size = H, W = recording.height, recording.width
-    if "labels" in files:
-        labels = read_labels(files["labels"])
-        boxes, found = filter_boxes(labels, H, W, len(options.class_names), options.box_filter, train)
-    frames, spacing_us = label_frames(np.unique(boxes["t"].astype(np.int64)), options.grid_us)
-    boxes, first = boxes[np.isin(boxes["t"], frames)], next(recording.chunks(), None)
-    if not len(frames) and ("labels" in files or first is None):
-        return size, ", ".join(["no labels left", *(f"{number} {what}" for what, number in found.items() if number)])
-    with reading(files.get("labels")):
-        ends = window_ends(frames, spacing_us, int(first[0][0]) if first else 0) if len(frames) else None
-    target = folder / "event_representations_v2" / f"stacked_histogram_dt=50_nbins={BINS}"
+def write_sequence(folder, recording, ends, frames, boxes, downsample):
+    """Write a prepared sequence into a new folder; returns {what: number} about it.
+
+    ends (N,) us of windows, None: as many as the recording has; frames (M,) us of labelled frames; boxes (L,) of LABEL.
+    """
+    target, labels = folder / "event_representations_v2" / f"stacked_histogram_dt=50_nbins={BINS}", folder / "labels_v2"
     target.mkdir(parents=True)
-    half, empty = int(options.downsample != "none"), 0
+    labels.mkdir()
+    half, empty, H, W = int(downsample != "none"), 0, recording.height, recording.width
     shape = 2 * BINS, H >> half, W >> half  # "_ds2_nearest" for sums too: it is the name that readers know
     with h5py.File(target / f"event_representations{'_ds2_nearest' * half}.h5", "w") as file:
         data = file.create_dataset("data", (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape),
                                    **hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE))
         for count, events in enumerate(windows(recording, ends), 1):
             data.resize(count, axis=0)
-            data[-1] = histogram(*events, H, W, options.downsample)
+            data[-1] = histogram(*events, H, W, downsample)
             empty += not len(events[0])
         ends = recording.first_us + WINDOW_US * np.arange(1, len(data) + 1) if ends is None else ends
     np.save(target / "timestamps_us.npy", ends)
     np.save(target / "objframe_idx_2_repr_idx.npy", np.searchsorted(ends, frames))
-    Path(folder, "labels_v2").mkdir()
-    np.save(folder / "labels_v2" / "timestamps_us.npy", frames)
-    np.savez(folder / "labels_v2" / "labels.npz", labels=boxes,
-             objframe_idx_2_label_idx=np.searchsorted(boxes["t"].astype(np.int64), frames))
-    found |= {"windows empty": empty, "events off the sensor": recording.outside, "times raised": recording.backwards}
-    return size, (f"{len(ends)} windows, {len(frames)} labelled frames, {len(boxes)} boxes"
-                  + "".join(f"; {number} {what}" for what, number in found.items() if number))
+    np.save(labels / "timestamps_us.npy", frames)
+    np.savez(labels / "labels.npz", labels=boxes, objframe_idx_2_label_idx=np.searchsorted(boxes["t"], frames))
+    return {"windows": len(ends), "labelled frames": len(frames), "boxes": len(boxes), "windows empty": empty,
+            "events off the sensor": recording.outside, "times raised": recording.backwards}
 
 
 def prepare_sequence(job):
     """Prepare one sequence, job = (split, name, files, options), under its name once it is complete.
 
-    Returns (outcome, line of report, (height, width) or ()); outcome: "prepared", "there already", "skipped" (no labels
-    left) or "failed" (a damaged file).
+    Returns (outcome, line of report, (height, width) or ()); outcome: "prepared", "skipped" (no labels left) or
+    "failed" (a damaged file).
     """
     split, name, files, options = job
-    final, work = Path(options.dst, split, name), Path(options.dst, ".partial", f"{split}-{name}")
-    if final.exists():
-        return "there already", "", ()
-    shutil.rmtree(work, ignore_errors=True)
+    final = Path(options.dst, split, name)
     try:
-        size, report = write_sequence(files, split == "train", work, options)
-        if work.exists():
-            final.parent.mkdir(exist_ok=True)
-            work.rename(final)
-        return "prepared" if final.exists() else "skipped", f"{split}/{name}: {report}", size
+        recording = open_recording(files["events"], options.height, options.width)
+        size = recording.height, recording.width
+        boxes = read_labels(files["labels"]) if "labels" in files else np.zeros(0, LABEL)
+        boxes, found = filter_boxes(boxes, *size, len(options.class_names), options.box_filter, split == "train")
+        frames, spacing_us = label_frames(np.unique(boxes["t"]), options.grid_us)
+        next(recording.chunks(), None)  # tells when it starts
+        if len(frames) or "labels" not in files and recording.events:
+            with reading(files.get("labels")):
+                ends = window_ends(frames, spacing_us, recording.first_us) if len(frames) else None
+            boxes = boxes[np.isin(boxes["t"], frames)]
+            with TemporaryDirectory(dir=Path(options.dst, ".partial")) as partial:
+                found |= write_sequence(Path(partial, name), recording, ends, frames, boxes, options.downsample)
+                final.parent.mkdir(exist_ok=True)
+                Path(partial, name).rename(final)
     except ValueError as error:
         return "failed", str(error), ()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    report = ", ".join(f"{number} {what}" for what, number in found.items() if number)
+    return "prepared" if "windows" in found else "skipped", f"{split}/{name}: {report or 'no labels'}", size
 
 
 def run_jobs(function, jobs, num_workers):
     """Yield function(job) for each job in order: done here, or with num_workers > 0 in that many processes.
 
-    ValueError if a process dies.
+    ValueError, with num_workers, if a job raises or a process dies.
     """
     if num_workers < 1:
         yield from map(function, jobs)
-    else:
-        end = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # by Ctrl-C, at once and in silence
-        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), *end) as pool:
-            try:
-                yield from pool.map(function, jobs)
-            except BrokenExecutor as error:
-                raise ValueError("a process died, of too little memory? Choose fewer num_workers") from error
+        return
+    # Ctrl-C ends each process at once and in silence.
+    with ProcessPoolExecutor(num_workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+        with reading(f"num_workers={num_workers}, fewer take less memory"):
+            yield from pool.map(function, jobs)
 
 
 # ---- data sets
@@ -366,14 +344,12 @@ def run_jobs(function, jobs, num_workers):
 def find_sequences(folder):
     """[(split, name, {"events": path, "labels": path})] below a folder, in order; ValueError where there is none."""
     found = {}
-    for split in ("train", "val", "test"):
-        for path in sorted(Path(folder, split).glob("[!.]*")):
-            if path.name.endswith("_bbox.npy"):
-                found.setdefault((split, path.name[:-9]), {})["labels"] = path
-            elif path.suffix.lower() in READERS:
-                found.setdefault((split, path.stem.removesuffix(".dat").removesuffix("_td")), {})["events"] = path
-    if not found:
-        raise ValueError(f"{folder}: no recordings in its folders train, val and test")
+    for path in sorted(Path(folder).glob("*/[!.]*")):
+        split, kind = path.parent.name, "labels" if path.name.endswith("_bbox.npy") else "events"
+        if split in ("train", "val", "test") and (kind == "labels" or path.suffix.lower() in READERS):
+            name = path.stem.removesuffix("_bbox").removesuffix(".dat").removesuffix("_td")
+            found.setdefault((split, name), {"events": f"no recording beside {path}"})[kind] = path
+    require(found, f"{folder}: no recordings in its folders train, val and test")
     return [(*key, files) for key, files in found.items()]
 
 
@@ -386,32 +362,28 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     settings = dict(zip(OPTIONS, DATASETS.get(dataset, DATASETS["own"]))) | {k: v for k, v in changes.items() if v}
     options = SimpleNamespace(**settings, dataset=dataset, dst=dst)
     for key, choices in CHOICES.items():
-        if getattr(options, key) not in choices:
-            raise ValueError(f"{key}={getattr(options, key)!r}: expected one of {', '.join(choices)}")
+        require(getattr(options, key) in choices, f"{key}={getattr(options, key)!r}: expected {', '.join(choices)}")
     sequences, path = find_sequences(src), Path(dst, "dataset.json")
     if not options.class_names:
-        found = [read_labels(files["labels"])["class_id"] for *_, files in sequences if "labels" in files]
-        ids = [ids.max(initial=0, where=ids < 1 << 16) for ids in found]  # larger ones are damaged, and dropped
-        options.class_names = [str(k) for k in range(int(max(ids, default=0)) + 1)]
+        ids = np.concatenate([[0], *(read_labels(f["labels"])["class_id"] for *_, f in sequences if "labels" in f)])
+        options.class_names = [str(k) for k in range(int(ids[ids < 1 << 16].max()) + 1)]  # larger: damaged
     about = dict(classes=list(options.class_names), box_filter=options.box_filter, downsample=options.downsample)
     with reading(path):
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
-        if before | about != before:
-            raise ValueError(f"prepared with other classes or options; remove {dst} or choose another --dst")
+        require(before | about == before, f"prepared with other classes or options; remove {dst} or take another --dst")
     Path(dst, ".partial").mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(before), encoding="utf-8")
-    jobs, counts, failures = [(*sequence, options) for sequence in sequences], {}, []
+    jobs = [(*sequence, options) for sequence in sequences if not Path(dst, *sequence[:2]).exists()]
+    lines = {"there already": [""] * (len(sequences) - len(jobs)), "failed": []}
     for outcome, line, size in tqdm(run_jobs(prepare_sequence, jobs, num_workers), "prepare", len(jobs), unit="seq"):
-        counts[outcome] = counts.get(outcome, 0) + 1
+        lines.setdefault(outcome, []).append(line)
         before |= zip(("height", "width"), size)
-        if outcome in ("failed", "skipped") or ";" in line:
-            tqdm.write(f"{outcome}: {line}")
-        failures += [line] * (outcome == "failed")
+        tqdm.write(f"{outcome}: {line}")
     path.write_text(json.dumps(before), encoding="utf-8")
     shutil.rmtree(Path(dst, ".partial"))
-    if failures:
-        raise ValueError(f"{len(failures)} of {len(jobs)} sequences failed, the others are in {dst}: {failures[0]}")
-    return counts
+    failed = lines.pop("failed")
+    require(not failed, f"{len(failed)} of {len(jobs)} failed, the others are in {dst}: {''.join(failed[:1])}")
+    return {outcome: len(reported) for outcome, reported in lines.items() if reported}
 
 
 def main(argv):

@@ -22,8 +22,9 @@ from prepare import LABEL, prepare, run_jobs
 
 dst, seed, num_workers = "datasets/traffic_raw", 0, 2  # processes, 0: all in this one; the data do not depend on them
 train, val, test = 30, 8, 8  # recordings a split
-height, width = 240, 320     # px of the sensor, up to 720 x 1280; the network's input is half of it
-sizes = (6.0, 48.0)          # px of that input, square root of the box area: smallest labelled, largest aimed at
+# px of the sensor, up to 720 x 1280; px of the network's input, half of it: square root of the box area, smallest
+# labelled and largest aimed at
+height, width, sizes = 240, 320, (6.0, 48.0)
 seconds, users, night = 7.0, 2.2, 0.3  # of a recording; road users that cross the view, a second; share of night scenes
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 

@@ -1049,7 +1049,7 @@ def test_class_names_come_from_dataset_json_then_from_the_caller_then_are_number
 def test_a_class_id_beyond_the_classes_names_the_file(tmp_path):
     make_set(tmp_path, [[1]], length=3)
     open_split(tmp_path, "train", num_classes=2)
-    with pytest.raises(ValueError, match="labels.npz.*class ids beyond"):
+    with pytest.raises(ValueError, match="labels.npz.*class ids from"):
         open_split(tmp_path, "train", num_classes=1)
 
 
@@ -1080,7 +1080,7 @@ def test_a_chunk_whose_header_lies_about_its_sizes_is_refused(tmp_path):
     whole = file.read_bytes()
     for place in (4, 12):  # bytes of the frame, bytes of the chunk
         file.write_bytes(whole[:at + place] + b"xxxx" + whole[at + place + 4:])
-        with pytest.raises(ValueError, match="frame 1 does not decode.*sizes are damaged"):
+        with pytest.raises(ValueError, match="frame 1 does not decode.*damaged sizes"):
             data.Sequence(tmp_path / "train" / "a").read(0, 3)
 
 
@@ -1690,7 +1690,7 @@ def test_events_off_the_sensor_are_dropped_and_counted(tmp_path):
     recording = prepare.open_recording(write_h5(tmp_path / "a_td.h5", t, x, y, p))
     assert sum(len(chunk[0]) for chunk in recording.chunks()) == 297 and recording.outside == 3
     wrong = prepare.open_recording(write_h5(tmp_path / "b_td.h5", t, x + 100, y, p))
-    with pytest.raises(ValueError, match="b_td.h5.*most events lie off 48 x 64 px"):
+    with pytest.raises(ValueError, match="b_td.h5.*most lie off 48 x 64 px"):
         list(wrong.chunks())
 
 
@@ -1879,7 +1879,7 @@ def test_ctrl_c_ends_preparation_and_simulation_at_once_and_in_silence(workers, 
 
 
 def test_a_process_that_dies_ends_preparation_in_one_line():
-    with pytest.raises(ValueError, match="a process died.*num_workers"):
+    with pytest.raises(ValueError, match="num_workers=1.*terminated abruptly"):
         list(prepare.run_jobs(os._exit, [1, 2], 1))
 
 
@@ -1891,7 +1891,7 @@ def test_a_damaged_file_is_named_and_does_not_stop_the_others(tmp_path):
     with pytest.raises(ValueError) as error:
         prepare.main([f"--src={raw}", f"--dst={tmp_path / 'out'}", "--class_names=thing"])
     message = str(error.value)
-    assert "3 of 4 sequences failed" in message and "a_td.h5" in message and "\n" not in message
+    assert "3 of 4 failed" in message and "a_td.h5" in message and "\n" not in message
     assert [path.name for path in (tmp_path / "out" / "train").iterdir()] == ["c"]
     assert not (tmp_path / "out" / ".partial").exists()
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from configurator import command_line, configure, dump, reading
+from configurator import command_line, configure, dump, reading, require
 from loss import SizeAware, detection_loss
 from model import Detector, ModelConfig, load_rvt, load_weights, read_checkpoint, reset_state
 from simulate import ensure_toy
@@ -32,6 +32,7 @@ from simulate import ensure_toy
 # ---- files
 out_dir = "out"
 data_dir = "datasets/toy"           # a prepared data set; the default is simulated at first use
+resolution = "auto"                 # auto (half where the set has it) | half | full
 class_names = ()                    # names by class id, for data sets without a dataset.json
 init_from = "scratch"               # scratch | resume (out_dir/ckpt.pt) | a path to weights, ours or RVT's
 # ---- what a batch is
@@ -81,7 +82,7 @@ MEMORY = "lower batch_size (and raise gradient_accumulation_steps) or sequence_l
 def check(config):
     """ValueError for values that cannot work together, before any work is done."""
     known = {"weight_type": ("exponential", "linear", "step"), "grad_clip_by": ("value", "norm"),
-             "dtype": ("auto", "float32", "bfloat16", "float16"),
+             "dtype": ("auto", "float32", "bfloat16", "float16"), "resolution": ("auto", "half", "full"),
              "size_aware_terms": (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou"))}
     counts = ("max_steps", "max_bad_steps", "eval_batch_size", "size_aware_weight")
     for key, value in vars(config).items():
@@ -203,7 +204,7 @@ def train(config, checkpoint=None):
     if world > 1:
         dist.barrier()
     names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
-    sequences, val = (data.open_split(config.data_dir, split, len(names)) for split in ("train", "val"))
+    sequences, val = (data.open_split(config.data_dir, s, len(names), config.resolution) for s in ("train", "val"))
     if not min(config.small_threshold, config.medium_threshold):
         for key, tercile in zip(("small_threshold", "medium_threshold"), data.size_thresholds(sequences)):
             setattr(config, key, getattr(config, key) or tercile)
@@ -238,6 +239,11 @@ def train(config, checkpoint=None):
         if (had := (len(streams), len(streams[0]), len(streams[0][0][0]))) != (world, groups, B):
             raise ValueError(f"resume: processes, accumulation and batch_size: {had}, now {world, groups, B}")
         states = [[s.to(device) for s in state] for state in streams[rank]]
+    if logs := config.wandb_log and rank == 0:
+        with reading("wandb_log=True needs: pip install wandb"):
+            import wandb
+        wandb.init(project=config.wandb_project, group=config.wandb_group, name=config.wandb_run_name,
+                   config=vars(config))
     if rank == 0:
         if not checkpoint and os.path.exists(f"{out}/ckpt.pt"):
             os.rename(out, older := f"{out}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -247,11 +253,6 @@ def train(config, checkpoint=None):
     say(f"{dump(vars(config))}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, attention groups of "
         f"{model.config.part} at {model.config.padded_hw}, strides {model.config.strides}; {len(sequences)} sequences, "
         f"{train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
-    if logs := config.wandb_log and rank == 0:
-        with reading("wandb_log=True needs: pip install wandb"):
-            import wandb
-        wandb.init(project=config.wandb_project, group=config.wandb_group, name=config.wandb_run_name,
-                   config=vars(config))
 
     def save(name):
         """Everything that the run is, gathered from all processes, written and drawn by the first."""
