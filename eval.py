@@ -22,8 +22,8 @@ import torch.distributed as dist
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading
-from data import BOX_DTYPE, check, load_classes, make_loader, open_split
+from configurator import command_line, configure, reading, require
+from data import BOX_DTYPE, load_classes, make_loader, open_split
 from loss import box_iou
 from model import Conv, Detector, ModelConfig, load_rvt, load_weights, read_checkpoint, reset_state
 
@@ -79,7 +79,7 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
     where p_obj * p_cls >= confidence, and competes on that product. class_confidence is p_cls for score="cls" (RVT
     ranks by it), the product for "obj*cls". Source: RVT's and YOLOX's postprocessing, arXiv 2107.08430.
     """
-    check(score in ("cls", "obj*cls"), f"{score=}: expected cls or obj*cls")
+    require(score in ("cls", "obj*cls"), f"{score=}: expected cls or obj*cls")
     p_cls, label = prediction.cls.sigmoid().max(-1)
     product, out = prediction.obj.sigmoid() * p_cls, []  # (N, A)
     at = frame, anchor = (product >= confidence).nonzero(as_tuple=True)
@@ -171,7 +171,7 @@ class StreamDetector:
 
     def __call__(self, frame, t_us=None):
         """Boxes of BOX_DTYPE in the next frame, at t_us (None: 50 ms after the one before). ValueError: its size."""
-        check(frame.shape == self.events.shape[2:], f"a frame of {*frame.shape,}, expected {*self.events.shape[2:],}")
+        require(frame.shape == self.events.shape[2:], f"a frame of {*frame.shape,}, expected {*self.events.shape[2:],}")
         start, self.t_us = time.perf_counter(), self.t_us + 50_000 if t_us is None else t_us
         self.events.copy_(torch.as_tensor(frame))
         self.graph.replay() if self.graph else self.step()
@@ -214,7 +214,7 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
     -> METRICS, "frames" and "boxes" scored; "classes": {name: the same of this class, from the same run} and "curves":
     {name: precision (101,) over recall 0..1 at IoU 0.5}, both empty where class_agnostic.
     """
-    check(box_filter in FILTERS, f"{box_filter=}: expected {' or '.join(FILTERS)}")
+    require(box_filter in FILTERS, f"{box_filter=}: expected {' or '.join(FILTERS)}")
     if box_filter == "prophesee":
         labels, detections = ([prophesee_filter(boxes, width) for boxes in side] for side in (labels, detections))
     ids = sorted(range(len(class_names)) if class_ids is None else class_ids)
@@ -294,7 +294,7 @@ def compare(paths):
             first = first or report
             here, there = (r["settings"] | r["sizes"] for r in (report, first))
             for key in ("split", "labels", "resolution", "classes", "confidence", "nms_iou", "score"):
-                check(here[key] == there[key], f"not comparable with {paths[0]}: {key} {here[key]}, not {there[key]}")
+                require(here[key] == there[key], f"not comparable with {paths[0]}: {key} {here[key]}, not {there[key]}")
             blocks["settings"] += [f"report: {path}", *(f"{key}: {value}" for key, value in here.items())]
             for protocol, row in report["rows"].items():
                 base = first["rows"].get(protocol, dict.fromkeys(METRICS))
