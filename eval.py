@@ -358,7 +358,7 @@ def pictures(path, report, sequences, labels, detections, class_names, confidenc
     for row, kind in zip(sheet.subplots(3, 4, subplot_kw={"xticks": (), "yticks": ()}), chosen):
         for axes, k in zip(row, chosen[kind]):
             (sequence, t), found = frames[k], detections[k][detections[k]["confidence"] >= confidence]
-            axes.imshow(draw(sequence.read(t, t + 1)[0], found, class_names, labels[k]))
+            axes.imshow(draw(sequence.read(t, t + 1)[0], found[list(BOX_DTYPE.names)], class_names, labels[k]))
             axes.set(title=f"{kind}: {sequence.name}, frame {t}, F1 {f1[k]:.2f}")
     figure.savefig(path, dpi=80)
 

@@ -2613,6 +2613,14 @@ def test_confusion_by_hand():
     assert confusion([pair], [both], 2, 0.3).tolist() == [[[1, 0, 0], [1, 0, 0], [0, 0, 0]]]
 
 
+def test_pictures_of_frames_with_detections(tmp_path):
+    sequence = MemorySequence("a", 4, (0, 2, 3))  # fewer frames than places
+    found = [with_level(boxes) for boxes in sequence.boxes]  # confidence 1: all of them are drawn
+    result = report(sequence.boxes, found, 64, 64, NAMES)
+    evaluation.pictures(tmp_path / "report.png", result, [sequence], sequence.boxes, found, NAMES)
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
 # ---- scripts
 
 def test_eval_from_a_checkpoint_alone(tmp_path, capsys):
