@@ -10,9 +10,9 @@ unless it starts with an underscore.
 import ast
 import difflib
 import os
+import runpy
 import sys
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 
 def require(fine, what):
@@ -21,22 +21,29 @@ def require(fine, what):
         raise ValueError(what)
 
 
+@contextmanager
+def reading(what):
+    """Whatever is raised inside, by libraries for damaged files say, becomes a ValueError of one line about `what`."""
+    try:
+        yield
+    except Exception as error:  # numpy, zipfile, zlib, json and h5py raise a dozen kinds
+        raise ValueError(f"{what}: {' '.join(str(error).split()) or repr(error)}") from error
+
+
 def value_of(key, value, defaults, where, text=False):
     """Value for `key`, of the type of its default: ints widen to floats; from `text`, words with commas make a tuple.
 
     ValueError names an unknown key, with the nearest known one, or a value of another type.
     """
-    if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, n=1) or ["one of the known keys", *sorted(defaults)]
-        raise ValueError(f"{where}: unknown key {key!r}; did you mean {', '.join(near)}?")
+    near = difflib.get_close_matches(key, defaults, n=1) or ["one of the known keys", *sorted(defaults)]
+    require(key in defaults, f"{where}: unknown key {key!r}; did you mean {', '.join(near)}?")
     want, given = type(defaults[key]), value
     if text and want is not str:
         with suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value.title() if value.lower() in ("true", "false") else value or "()")
         if want is tuple and not isinstance(value, (tuple, list)):
             value = tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else (value,)
-    if (type(value), want) in ((int, float), (list, tuple)):
-        value = want(value)
+    value = want(value) if (type(value), want) in ((int, float), (list, tuple)) else value
     require(type(value) is want, f"{where}: {key}={given!r} is no {want.__name__} like {defaults[key]!r}")
     return value
 
@@ -59,11 +66,8 @@ def configure(defaults, argv):
                 text = "True" if alone else argv.pop(0)
             config[key] = value_of(key, text, defaults, "command line", text=True)
             continue
-        names = dict(config)  # a file may compute with what is set so far
-        try:
-            exec(compile(Path(word).read_bytes(), word, "exec"), names)
-        except Exception as error:
-            raise ValueError(f"{word}: this config fails, {type(error).__name__}: {error}; options are --KEY=VALUE")
+        with reading(f"{word}: this config fails (options are --KEY=VALUE)"):
+            names = runpy.run_path(word, config)  # a file may compute with what is set so far
         changed = {key: value for key, value in names.items() if key[0] != "_" and value is not config.get(key, names)}
         config |= {key: value_of(key, value, defaults, word) for key, value in changed.items()}
     return config
@@ -72,15 +76,6 @@ def configure(defaults, argv):
 def dump(config):
     """The config as Python source that `configure` reads back."""
     return "".join(f"{key} = {value!r}\n" for key, value in config.items())
-
-
-@contextmanager
-def reading(what):
-    """Whatever is raised inside, by libraries for damaged files say, becomes a ValueError of one line about `what`."""
-    try:
-        yield
-    except Exception as error:  # numpy, zipfile, zlib, json and h5py raise a dozen kinds
-        raise ValueError(f"{what}: {' '.join(str(error).split()) or repr(error)}") from error
 
 
 def command_line(main):

@@ -573,7 +573,7 @@ def test_config_files_and_options_apply_in_order_and_the_result_runs_again(tmp_p
 
 @pytest.mark.parametrize("text, word", [
     ("batchsize = 3", "batch_size"), ("batch_size = 2.5", "no int"), ("batch_size = True", "no int"),
-    ("fpn_stages = 3", "fpn_stages"), ("out_dir = 3", "out_dir"), ("x = (", "SyntaxError"), ("1 / 0", "ZeroDivision")])
+    ("fpn_stages = 3", "fpn_stages"), ("out_dir = 3", "out_dir"), ("x = (", "never closed"), ("1 / 0", "division by zero")])
 def test_a_mistake_in_a_config_file_is_named(tmp_path, text, word):
     (tmp_path / "c.py").write_text(text)
     with pytest.raises(ValueError, match=word) as error:

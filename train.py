@@ -30,52 +30,44 @@ from model import Detector, ModelConfig, load_rvt, load_weights, read_checkpoint
 from simulate import ensure_toy
 
 # ---- files
-out_dir = "out"
+out_dir, init_from = "out", "scratch"  # the run's; scratch | resume (out_dir/ckpt.pt) | a path to weights, ours or RVT
 data_dir = "datasets/toy"           # a prepared data set; the default is simulated at first use
-resolution = "auto"                 # auto (half where the set has it) | half | full
-class_names = ()                    # names by class id, for data sets without a dataset.json
-init_from = "scratch"               # scratch | resume (out_dir/ckpt.pt) | a path to weights, ours or RVT's
+resolution, class_names = "auto", ()  # auto (half where the set has it) | half | full; by id, if it has no dataset.json
 # ---- what a batch is
-sampling = "stream"                 # stream | random | mixed
-mixed_stream, mixed_random = 1.0, 1.0  # slots of a mixed batch, stream : random
+sampling, mixed_stream, mixed_random = "stream", 1.0, 1.0  # stream | random | mixed; slots of a mixed batch, by kind
 sequence_length = 5                 # T, frames of 50 ms per training step (truncated back-propagation)
-batch_size = 6                      # B, streams in a micro-batch of one process
+batch_size, eval_batch_size = 6, 2  # B, streams in a micro-batch of one process; streams in a batch of the validation
 gradient_accumulation_steps = 1     # micro-batches in a step, each a group of streams with states of its own
 num_workers = 4                     # threads that load ahead; 0: load when a step needs it
-flip = 0.5                          # probability of a horizontal flip
-zoom_stream, zoom_random = 0.5, 0.8  # probability that a run is zoomed out; that a random window is, in or out
-zoom_in_share = 0.8                 # ... and of the zoomed windows the share zoomed in
-zoom_in_max, zoom_out_max = 1.5, 1.2  # factors are drawn between 1 and these
+# probability of a horizontal flip, that a run is zoomed out, and that a random window is zoomed, in or out
+flip, zoom_stream, zoom_random = 0.5, 0.5, 0.8
+zoom_in_share, zoom_in_max, zoom_out_max = 0.8, 1.5, 1.2  # share of zooms of a window that go in; factors: 1 to these
 # ---- size-aware loss
 size_aware_loss, size_aware_weight = False, 2.0  # on or off; weight of the smallest boxes
 small_threshold, medium_threshold = 1024.0, 9216.0  # areas in input pixels^2; 0: a tercile of the data set's
-weight_type = "exponential"         # exponential | linear | step
-size_aware_terms = ("iou",)         # iou, cls (a focal class term), or both
+# exponential | linear | step; what is weighted: iou, cls (a focal class term), or both
+weight_type, size_aware_terms = "exponential", ("iou",)
 # ---- optimiser
-max_steps = 100_000
-learning_rate, weight_decay = 1.7e-4, 0.0  # peak: RVT's 2e-4 * sqrt(batch / 8)
+max_steps, learning_rate, weight_decay = 100_000, 1.7e-4, 0.0  # the rate is its peak: RVT's 2e-4 * sqrt(batch / 8)
 grad_clip, grad_clip_by = 1.0, "value"  # value (RVT) | norm; 0: off
 # ---- intervals, in steps
 eval_interval, log_interval, checkpoint_interval = 3500, 100, 1000
-eval_batch_size = 2
 # ---- machine
 seed = 0
-device = "auto"                     # auto | cpu | cuda | cuda:1
-dtype = "auto"                      # auto | float32 | bfloat16 | float16; auto: bfloat16 on a GPU that is fast in it
-compile = True                      # torch.compile, on CUDA only
+# device: auto | cpu | cuda | cuda:1; dtype: auto | float32 | bfloat16 | float16, auto is bfloat16 on a GPU that is fast
+# in it, else float16, and float32 on a CPU; compile: torch.compile, on CUDA only
+device, dtype, compile = "auto", "auto", True
 max_memory_gib = 0.0                # stop when the peak (GPU allocator; on a CPU the process) passes this; 0: never
-# ---- when to give up
-max_bad_steps = 20                  # steps in a row with a non-finite loss or gradient (each is skipped)
-max_loss_ratio, patience = 10.0, 1000  # smoothed loss over its minimum, for so many steps in a row; 0 steps: never
-# ---- Weights & Biases, optional
-wandb_log = False
-wandb_project, wandb_group, wandb_run_name = "nanorvt", "", "run"
+# ---- when to give up: after so many steps in a row with a non-finite loss or gradient (each is skipped), or with a
+# smoothed loss above max_loss_ratio times its minimum (0 steps: never)
+max_bad_steps, max_loss_ratio, patience = 20, 10.0, 1000
+# ---- Weights & Biases, optional: on or off, and what its run belongs to
+wandb_log, wandb_project, wandb_group, wandb_run_name = False, "nanorvt", "", "run"
 
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 defaults |= {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
-LOSSES = ("loss", "iou", "obj", "cls", "num_fg")
-MEANS = (*LOSSES, "grad_norm")  # logged as means over an interval
+MEANS = ("loss", "iou", "obj", "cls", "num_fg", "grad_norm")  # logged as means over an interval
 MEMORY = "lower batch_size (and raise gradient_accumulation_steps) or sequence_length, or set --checkpointing=True"
 
 
@@ -86,10 +78,10 @@ def check(config):
              "size_aware_terms": (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou"))}
     counts = ("max_steps", "max_bad_steps", "eval_batch_size", "size_aware_weight")
     for key, value in vars(config).items():
-        if value not in known.get(key, [value]) or (key in counts or key.endswith("_interval")) and value < 1:
-            raise ValueError(f"{key}={value!r}: expected {' or '.join(map(str, known.get(key, ['at least 1'])))}")
-    if 0 < config.medium_threshold <= config.small_threshold:
-        raise ValueError(f"small_threshold={config.small_threshold:g}: expected less than medium_threshold")
+        fine = value >= 1 if key in counts or key.endswith("_interval") else value in known.get(key, [value])
+        require(fine, f"{key}={value!r}: expected {' or '.join(map(str, known.get(key, ['at least 1'])))}")
+    small, medium = config.small_threshold, config.medium_threshold
+    require(not 0 < medium <= small, f"small_threshold={small:g}: expected less than medium_threshold={medium:g}")
 
 
 def learning_rate_at(step, max_steps, peak):
@@ -98,33 +90,29 @@ def learning_rate_at(step, max_steps, peak):
     Source: RVT's settings of Smith & Topin 2017, arXiv 1708.07120; any number of steps.
     """
     top = max(0.005 * max_steps - 1, 0)
-    if step < top:
-        return peak * (1 + 19 * step / top) / 20
-    return peak + (peak / 10_000 - peak) * (step - top) / max(max_steps - 1 - top, 1)
+    rest = max(max_steps - 1 - top, 1)
+    return peak * (1 + 19 * step / top) / 20 if step < top else peak + (peak / 10_000 - peak) * (step - top) / rest
 
 
 def write(path, contents):
     """Text, or what torch.save takes, to a temporary file, flushed and renamed: `path` is whole, old or new, always."""
-    try:
+    with reading(f"{path}: not written (is the disk full?), the one before is intact"):
         with open(f"{path}.tmp", "wb") as file:
             file.write(contents.encode()) if isinstance(contents, str) else torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{path}: not written, the one before is intact ({error}); is the disk full?") from error
 
 
 def draw_curves(path, rows):
     """Losses, validation scores and the health of the run over the steps of the log's `rows`, as a picture."""
     from matplotlib.figure import Figure
-    panels = {"training loss": LOSSES[:4], "validation, class mean, all boxes": ("AP", "AP50"),
+    panels = {"training loss": MEANS[:4], "validation, class mean, all boxes": ("AP", "AP50"),
               "gradient norm, matched anchors per box": ("grad_norm", "num_fg")}
     figure = Figure((15, 4), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items()):
         for key in keys:
-            points = [(row["step"], row[key]) for row in rows if row[key] != ""]
-            axes.plot([x for x, _ in points], [y for _, y in points], ".-", label=key)
+            axes.plot(*([row[x] for row in rows if row[key] != ""] for x in ("step", key)), ".-", label=key)
         axes.set(title=title, xlabel="step", yscale="linear" if "AP" in keys else "log")
         axes.legend()
     figure.savefig(path, dpi=80)
@@ -141,8 +129,8 @@ def resolve_device(config):
     """(device, dtype) of config's "auto"; ValueError where the machine has no such device."""
     cuda, index = torch.cuda.is_available(), os.environ.get("LOCAL_RANK")
     name = config.device.replace("auto", "cuda" if cuda else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"[:4 * cuda]):
-        raise ValueError(f"device={config.device!r}: expected auto, cpu or, where machine and torch have CUDA, cuda")
+    require(name.partition(":")[0] in ("cpu", "cuda"[:4 * cuda]),
+            f"device={config.device!r}: expected auto, cpu or, where machine and torch have CUDA, cuda")
     device, dtype = torch.device(f"cuda:{index}" if name == "cuda" and index else name), torch.float32
     if device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -151,8 +139,7 @@ def resolve_device(config):
 
 def build(config, input_hw, num_classes, checkpoint):
     """Detector for the data at hand, with the weights that init_from names; `checkpoint`: what to resume, or None."""
-    if config.input_hw not in ((0, 0), input_hw):
-        raise ValueError(f"input_hw={config.input_hw}, but {config.data_dir} has frames of {input_hw}; leave it out")
+    require(config.input_hw in ((0, 0), input_hw), f"input_hw={config.input_hw}: the data has {input_hw}; leave it out")
     keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     keys |= {"input_hw": input_hw, "num_classes": num_classes}
     found = checkpoint or (read_checkpoint(config.init_from) if config.init_from != "scratch" else {})
@@ -188,13 +175,11 @@ def train(config, checkpoint=None):
     """
     check(config)
     device, dtype = resolve_device(config)
-    out, cuda = config.out_dir, device.type == "cuda"
+    out, cuda, keys = config.out_dir, device.type == "cuda", vars(config)  # keys follow what config is set to
     rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
     say = tqdm.write if rank == 0 else lambda text: None
     torch.manual_seed(config.seed)
 
@@ -202,6 +187,7 @@ def train(config, checkpoint=None):
     if rank == 0 and config.data_dir == defaults["data_dir"]:
         ensure_toy(config.data_dir)
     if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
         dist.barrier()
     names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
     sequences, val = (data.open_split(config.data_dir, s, len(names), config.resolution) for s in ("train", "val"))
@@ -215,16 +201,13 @@ def train(config, checkpoint=None):
 
     # model, optimiser
     model = build(config, sequences[0].hw, len(names), checkpoint).to(device)
-    vars(config).update(dataclasses.asdict(model.config), class_names=names)  # what was derived goes on record
-    if world > 1 and cuda:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    keys.update(dataclasses.asdict(model.config), class_names=names)  # what was derived goes on record
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if world > 1 and cuda else model
     parameters = list(model.parameters())
     statistics = [buffer for name, buffer in model.named_buffers() if name != "grid"]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    clip = getattr(torch.nn.utils, f"clip_grad_{config.grad_clip_by}_")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    forward, compiled = Forward(model, size_aware(config)), config.compile and cuda
-    forward = torch.compile(forward) if compiled else forward
+    forward = torch.compile(Forward(model, size_aware(config)), disable=not (config.compile and cuda))
 
     # where the run stands
     rows, states = [], [model.initial_state(B) for _ in range(groups)]
@@ -236,21 +219,20 @@ def train(config, checkpoint=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         rows, streams = checkpoint["log"], checkpoint["states"]
-        if (had := (len(streams), len(streams[0]), len(streams[0][0][0]))) != (world, groups, B):
-            raise ValueError(f"resume: processes, accumulation and batch_size: {had}, now {world, groups, B}")
+        had, now = (len(streams), len(streams[0]), len(streams[0][0][0])), (world, groups, B)
+        require(had == now, f"resume: processes, accumulation and batch_size: {had}, now {now}")
         states = [[s.to(device) for s in state] for state in streams[rank]]
-    if logs := config.wandb_log and rank == 0:
+    if logs := rank == 0 and config.wandb_log:
         with reading("wandb_log=True needs: pip install wandb"):
             import wandb
-        wandb.init(project=config.wandb_project, group=config.wandb_group, name=config.wandb_run_name,
-                   config=vars(config))
+        wandb.init(project=config.wandb_project, group=config.wandb_group, name=config.wandb_run_name, config=keys)
     if rank == 0:
         if not checkpoint and os.path.exists(f"{out}/ckpt.pt"):
             os.rename(out, older := f"{out}-{time.strftime('%Y%m%d-%H%M%S')}")
             say(f"the run that was in {out} is in {older} now")
         os.makedirs(out, exist_ok=True)
-        write(f"{out}/config.py", f"# python train.py {out}/config.py\n{dump(vars(config))}")
-    say(f"{dump(vars(config))}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, attention groups of "
+        write(f"{out}/config.py", f"# python train.py {out}/config.py\n{dump(keys)}")
+    say(f"{dump(keys)}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, attention groups of "
         f"{model.config.part} at {model.config.padded_hw}, strides {model.config.strides}; {len(sequences)} sequences, "
         f"{train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
 
@@ -260,10 +242,9 @@ def train(config, checkpoint=None):
         if world > 1:
             dist.all_gather_object(streams, [[s.cpu() for s in state] for state in states])
         if rank == 0:
-            write(f"{out}/{name}", dict(
-                model=model.state_dict(), model_config=dataclasses.asdict(model.config), config=vars(config), log=rows,
-                step=at.step, progress=vars(at), states=streams, optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), rng=torch.get_rng_state()))
+            write(f"{out}/{name}", dict(step=at.step, progress=vars(at), config=keys, log=rows, states=streams,
+                model=model.state_dict(), model_config=dataclasses.asdict(model.config), rng=torch.get_rng_state(),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
             draw_curves(f"{out}/curves.png", rows)
 
     stop = [0]  # the signal that asks for it
@@ -277,25 +258,25 @@ def train(config, checkpoint=None):
     started, waited, asked = time.perf_counter(), 0.0, 0.0
     model.train()
     try:
-        while at.step < config.max_steps and not asked:
+        while (more := at.step < config.max_steps) and not asked:
             optimizer.param_groups[0]["lr"] = lr = learning_rate_at(at.step, config.max_steps, config.learning_rate)
             before, states_before = [buffer.clone() for buffer in statistics], list(states)
-            sums = torch.zeros(len(MEANS) + 2, device=device)  # and: states not finite, told to stop
+            sums = torch.zeros(len(MEANS) + 2, device=device)  # and: NaN where states are not finite, told to stop
             waiting = time.perf_counter()
             batches = [next(loader) for _ in range(groups)]  # before anything changes, as it may fail
             waited += time.perf_counter() - waiting
             for a, (batch, state) in enumerate(zip(batches, states)):
                 batch = batch._replace(frames=batch.frames.flatten().nonzero().flatten())  # (N,)
                 batch = batch._make(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
-                for tensor in (batch.frames, batch.targets) if compiled else ():
+                for tensor in (batch.frames, batch.targets):
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
                 events, state = data.augment(batch.events, batch.rows, batch.cols), reset_state(state, batch.is_first)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     losses, states[a] = forward(events, state, batch.frames, batch.targets)
                 # a batch without boxes still runs everything, and weighs nothing
                 scaler.scale(losses["loss"] * (batch.has_boxes / groups)).backward()
-                sums[:5] += torch.stack([losses[key].detach() for key in LOSSES]) / groups
-                sums[6] += sum((~s.isfinite()).any() for s in states[a])
+                sums[:5] += torch.stack([losses[key].detach() for key in MEANS[:5]]) / groups
+                sums[6] += sum((0 * s).sum() for s in states[a])
             sums[7] = float(stop[0] > 0)
             gradients = [p.grad for p in parameters]
             if world > 1:
@@ -305,11 +286,11 @@ def train(config, checkpoint=None):
                 torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in zip(means, gradients)])
             scaler.unscale_(optimizer)  # what one process overflows, all skip
             sums[5] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            *values, lost, asked = sums.tolist()  # the one synchronisation of a step
+            *values, asked = sums.tolist()  # the one synchronisation of a step
+            wrong = [key for key, x in zip((*MEANS, "state"), values) if not math.isfinite(x)]
             # gradients that overflow float16 are the scaler's business; all else that is not finite skips the step
-            if math.isfinite(sum(values[:5])) and not lost and (math.isfinite(values[5]) or scaler.is_enabled()):
-                if config.grad_clip:
-                    clip(parameters, config.grad_clip)
+            if not wrong or wrong == ["grad_norm"] and scaler.is_enabled():
+                getattr(torch.nn.utils, f"clip_grad_{config.grad_clip_by}_")(parameters, config.grad_clip or math.inf)
                 scaler.step(optimizer)
                 at.smoothed = 0.99 * at.smoothed + 0.01 * values[0] if at.smoothed else values[0]
                 at.above = at.above + 1 if at.smoothed > config.max_loss_ratio * at.lowest else 0
@@ -317,7 +298,6 @@ def train(config, checkpoint=None):
                 at.sums, at.count = [x + y for x, y in zip(at.sums, values)], at.count + 1
             else:
                 at.bad += 1
-                wrong = [key for key, x in zip(MEANS, values) if not math.isfinite(x)] + ["state"] * bool(lost)
                 say(f"step {at.step}: {', '.join(wrong)} not finite, skipped ({at.bad} in a row)")
                 torch._foreach_copy_(statistics, before)
                 states = states_before
@@ -329,8 +309,7 @@ def train(config, checkpoint=None):
                     (at.bad >= config.max_bad_steps, f"{at.bad} steps in a row were not finite; lower learning_rate"),
                     (0 < config.patience <= at.above, f"the loss diverged to {at.smoothed:.3g}; lower learning_rate"),
                     (0 < config.max_memory_gib < peak, f"a peak of {peak:.2f} GiB passed max_memory_gib; {MEMORY}")):
-                if wrong and not asked:
-                    raise ValueError(f"step {at.step}: {what}; {out}/ckpt.pt is the last good one")
+                require(asked or not wrong, f"step {at.step}: {what}; {out}/ckpt.pt is the last good one")
             evaluate = at.step % config.eval_interval == 0 or at.step == config.max_steps
             if evaluate or at.step % config.log_interval == 0:
                 seconds, frames = time.perf_counter() - started, T * B * groups * world * at.count
@@ -343,8 +322,7 @@ def train(config, checkpoint=None):
                 if evaluate:
                     for buffer in statistics if world > 1 else ():
                         dist.broadcast(buffer, 0)
-                    found = evaluation.run(model, val, config.eval_batch_size, T, device, dtype,
-                                           num_workers=config.num_workers)
+                    found = evaluation.run(model, val, config.eval_batch_size, T, device, dtype, config.num_workers)
                     scores = evaluation.score_boxes(*found, *model.config.input_hw, names)
                     row |= {key: scores[key] for key in ("AP", "AP50")}
                     say(f"step {at.step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (validation, class mean)")
@@ -365,9 +343,8 @@ def train(config, checkpoint=None):
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    go_on = f"stopped at step {at.step}; go on: python train.py --out_dir={out} --init_from=resume"
-    done = f"done, best AP {at.best:.4f}; see {out}/curves.png; next: python eval.py --ckpt {out}/best.pt"
-    say(done if at.step == config.max_steps else go_on)
+    say(f"stopped at step {at.step}; go on: python train.py --out_dir={out} --init_from=resume" if more else
+        f"done, best AP {at.best:.4f}; see {out}/curves.png; next: python eval.py --ckpt {out}/best.pt")
     return 130 if stop[0] == signal.SIGINT else 0
 
 
@@ -376,8 +353,7 @@ def main(argv):
     if config["init_from"] == "resume":
         path = os.path.join(config["out_dir"], "ckpt.pt")
         checkpoint = read_checkpoint(path)
-        if "progress" not in checkpoint:
-            raise ValueError(f"{path}: weights without a training state; start from them with --init_from={path}")
+        require("progress" in checkpoint, f"{path}: weights without a training state; start with --init_from={path}")
         with reading(f"{path}, resumed"):  # what a damaged state raises, here or at its first step
             sys.exit(train(SimpleNamespace(**configure(defaults | checkpoint["config"], argv)), checkpoint))
     sys.exit(train(SimpleNamespace(**config)))
