@@ -39,18 +39,17 @@ def made_up(config, B):
 
 def kept_bytes(forward, inputs):
     """{part of the network: bytes that it keeps for the backward pass} and "weights", each storage counted once."""
-    part = ["loss"]  # the innermost one that runs
+    part = ["loss"]  # those that run, from the outermost inwards: the loss, the detector, its parts, theirs
     kept = {p.untyped_storage().data_ptr(): ("weights", p.untyped_storage().nbytes(), p) for p in forward.parameters()}
 
     def pack(x):  # keeps x, so that no address is used twice
-        kept.setdefault(x.untyped_storage().data_ptr(), (part[-1], x.untyped_storage().nbytes(), x))
+        kept.setdefault(x.untyped_storage().data_ptr(), (part[:3][-1], x.untyped_storage().nbytes(), x))
         return x
 
     with ExitStack() as hooks, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        for name, child in forward.model.named_children():
-            for k, module in enumerate(child if isinstance(child, torch.nn.ModuleList) else [child], 1):
-                hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=f"{name} {k}": part.append(name)))
-                hooks.enter_context(module.register_forward_hook(lambda *_: part.pop() and None))
+        for name, module in forward.model.named_modules():  # lists of modules never run
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=name: part.append(name or "decoding")))
+            hooks.enter_context(module.register_forward_hook(lambda *_: part.pop() and None))
         forward(*inputs)
     names = dict.fromkeys(name for name, *_ in kept.values())
     return {name: sum(size for owner, size, _ in kept.values() if owner == name) for name in names}
@@ -87,7 +86,7 @@ def main(argv):
     train.check(config)
     device, dtype = train.resolve_device(config)
     config.init_from, config.num_classes = "scratch", config.num_classes or len(config.class_names) or 8
-    config.input_hw = config.input_hw if config.input_hw != (0, 0) else (360, 640)
+    config.input_hw = config.input_hw if any(config.input_hw) else (360, 640)
     config.small_threshold, config.medium_threshold = config.small_threshold or 1.0, config.medium_threshold or 2.0
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     keys = ("input_hw", "sequence_length", "patch_size", "fpn_stages", "steps", "boxes", "budget_gib")

@@ -10,11 +10,9 @@ would fail on it.
 import functools
 import itertools
 import json
-import os
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import hdf5plugin  # its import registers the Blosc filter with HDF5
@@ -102,11 +100,11 @@ class Sequence:
         self.path, self.name, folder = Path(path), Path(path).name, Path(path) / REPRESENTATION
         kind = next((k for k in FILES if resolution in ("auto", k) and (folder / FILES[k]).is_file()), None)
         require(kind, f"{path}: no events for {resolution=}; take --resolution=auto, or prepare anew")
-        self.file, self.version = str(folder / FILES[kind]), os.stat(folder / FILES[kind]).st_mtime_ns
+        self.file, self.version = str(folder / FILES[kind]), (folder / FILES[kind]).stat().st_mtime_ns
         shape = open_events(self.file, self.version)[0].shape
         self.length, self.hw, scale = shape[0], shape[2:], 1 + (kind == "half")
-        for frame in range(0 if decode else self.length - 1, self.length):
-            self.read(frame, frame + 1)
+        one = itertools.repeat(np.empty((CHANNELS, *self.hw), np.uint8))  # frame after frame decodes into it
+        self.read(0 if decode else self.length - 1, self.length, one)
         self.timestamps_us = read_ascending(folder / "timestamps_us.npy", 2**62, self.length)
         frames, path = read_ascending(folder / INDEX, self.length), self.path / "labels_v2" / "labels.npz"
         with reading(path), np.errstate(all="ignore"):  # what overflows is not finite
@@ -222,7 +220,7 @@ class Runs:
     """
 
     def __init__(self, sequences, T, seed, random):
-        self.key, self.orders, self.chunks, gap = (seed, int(random)), {}, [], 0 if random else T
+        self.key, self.chunks, gap = (seed, int(random)), [], 0 if random else T
         for index, frames in enumerate(sequence.label_frames for sequence in sequences):
             frames = frames[frames >= (T - 1 if random else 0)]
             first, last = frames[np.diff(frames, prepend=-T - 1) > gap], frames[np.diff(frames, append=2**40) > gap]
@@ -230,15 +228,16 @@ class Runs:
                 self.chunks += [(index, run, start, min(start + T, end)) for start in range(run, end, T)]
         self.run_of = np.cumsum([run == start for _, run, start, _ in self.chunks], dtype=np.int32) - 1
 
+    @functools.lru_cache(maxsize=256)  # more than a process has slots, for each is drawn once a pass
+    def order(self, slot, p):
+        """Indices of the chunks as `slot` plays them in pass p: the runs shuffled, each from its start to its end."""
+        rank = np.random.default_rng((*self.key, 0, slot, p)).permutation(self.run_of[-1] + 1)
+        return np.argsort(rank[self.run_of], kind="stable").astype(np.int32)
+
     def place(self, slot, slots, step):
         """(chunk, key): what `slot` of `slots` plays at `step`; the integers `key` name this play of the run."""
         p, q = divmod(step + slot * len(self.chunks) // slots, len(self.chunks))
-        drawn_for, order = self.orders.get(slot, (None, None))
-        if drawn_for != p:  # another thread may be at another pass
-            rank = np.random.default_rng((*self.key, 0, slot, p)).permutation(self.run_of[-1] + 1)
-            order = np.argsort(rank[self.run_of], kind="stable").astype(np.int32)
-            self.orders[slot] = p, order
-        chunk = self.chunks[order[q]]
+        chunk = self.chunks[self.order(slot, p)[q]]
         return chunk, (*self.key, 1, slot, p, *chunk[:2])
 
 
@@ -263,9 +262,9 @@ class TrainData:
               "sequence_length, batch_size, gradient_accumulation_steps, zoom_*_max from 1; seed from 0")
         share = mixed_stream / (mixed_stream + mixed_random) if mixed else sampling == "stream"
         streams = min(max(round(batch_size * share), int(mixed)), batch_size - mixed)  # mixed: one of each at least
-        self.slots = streams, batch_size - streams  # of a micro-batch: that stream, that play random windows
+        # of a micro-batch: slots that stream, slots that play random windows
+        self.slots, self.pin_memory = (streams, batch_size - streams), pin_memory
         self.sequences, self.T, self.accumulation = sequences, sequence_length, gradient_accumulation_steps
-        self.pin_memory = pin_memory
         self.group, self.groups = rank * self.accumulation, world_size * self.accumulation
         self.augmentations = (flip, zoom_stream, 0.0, *most), (flip, zoom_random, zoom_in_share, *most)
         self.runs = [Runs(sequences, self.T, seed, random) for random in (False, True)]
@@ -279,9 +278,8 @@ class TrainData:
             torch.from_numpy(np.empty(shape, np.uint8))
         is_first, maps, found = torch.empty(B, dtype=torch.bool), [], {}
         for b in range(B):
-            kind, i = (0, b) if b < self.slots[0] else (1, b - self.slots[0])
-            runs, n = self.runs[kind], self.slots[kind]
-            (which, run, start, end), key = runs.place((self.group + a) * n + i, self.groups * n, step)
+            kind, i, n = (0, b, self.slots[0]) if b < self.slots[0] else (1, b - self.slots[0], self.slots[1])
+            (which, run, start, end), key = self.runs[kind].place((self.group + a) * n + i, self.groups * n, step)
             sequence, is_first[b] = self.sequences[which], start == run
             sequence.read(start, end, events[:, b].numpy())
             events[end - start:, b] = 0
@@ -311,12 +309,12 @@ def pad_targets(frames):
 def make_loader(item, start=0, num_workers=0):
     """Endless iterator over item(start), item(start + 1), ..., in order; `num_workers` threads work ahead of it.
 
+    0: a thread works on an item when it is asked for.
+
     Threads, for what takes time (reading, decompressing, copying) lets go of Python's lock, and no batch is copied from
     one process to another: 4.6 MB a frame of 20x360x640 take longer than decoding it (2 cores, 2026-11).
     """
-    if not num_workers:
-        yield from map(item, itertools.count(start))
-    pool, ahead = ThreadPoolExecutor(num_workers), deque()
+    pool, ahead = ThreadPoolExecutor(max(num_workers, 1)), deque()
     try:
         for k in itertools.count(start):
             ahead.append(pool.submit(item, k))
@@ -339,10 +337,11 @@ def size_thresholds(sequences):
 def main(argv):
     """Print what a data set holds and draw its box sizes; ValueError at the end if training would fail on it."""
     argv = [f"--data_dir={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("--") else argv
-    config = SimpleNamespace(**configure(defaults, argv))
-    root, findings, sides = Path(config.data_dir), [], {}
-    names = load_classes(root, config.class_names or [""] * 2**16)  # of data sets that name none, each id is fine
-    for part in [config.split] if config.split else ["train", "val"] + ["test"] * any((root / "test").glob("[!.]*")):
+    config = configure(defaults, argv)
+    root, findings, sides = Path(config["data_dir"]), [], {}
+    names = load_classes(root, config["class_names"] or [""] * 2**16)  # of data sets that name none, each id is fine
+    tests = ["test"] * any((root / "test").glob("[!.]*"))
+    for part in [config["split"]] if config["split"] else ["train", "val", *tests]:
         sequences = open_split(root, part, len(names), findings=findings, decode=True)
         labelled, frames = [boxes for s in sequences for boxes in s.boxes], sum(s.length for s in sequences)
         boxes, dropped = np.concatenate([np.zeros(0, BOX_DTYPE), *labelled]), sum(s.dropped for s in sequences)
@@ -353,15 +352,15 @@ def main(argv):
         for k in np.unique(ids):
             print(f"{k:4} {names[k]:20}", *np.histogram(sides[part][ids == k], (0, 16, 32, 96, np.inf))[0], sep="\t")
         findings += [f"{root / part}: no boxes, nothing to train on"] if part == "train" and not labelled else []
-    if config.picture and any(map(len, sides.values())):
+    if config["picture"] and any(map(len, sides.values())):
         from matplotlib.figure import Figure  # here, for training does without
 
         axes = Figure(layout="constrained").subplots()
         axes.hist(list(sides.values()), bins=60, histtype="step", label=list(sides))
         axes.set(xlabel="sqrt(box area), pixels", ylabel="boxes", xticks=(16, 32, 96, 192), yscale="log")
         axes.legend()
-        Path(config.picture).parent.mkdir(parents=True, exist_ok=True)
-        axes.figure.savefig(config.picture)
+        Path(config["picture"]).parent.mkdir(parents=True, exist_ok=True)
+        axes.figure.savefig(config["picture"])
     print("".join(f"FINDING: {finding}\n" for finding in findings), end="")
     require(not findings, f"{root}: training would fail, findings: {len(findings)}")
 

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from collections import namedtuple
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -67,10 +67,10 @@ class ModelConfig:
 @contextmanager
 def frozen_statistics(module):
     """Batch norms of `module` normalise by the batch as ever, but their running statistics stay what they are."""
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    yield
-    for buffer, before in kept:
-        buffer.data = before  # in place, autograd would take it for a changed input
+    with ExitStack() as after:  # also where torch ends the recomputation early, which it does by an exception
+        for buffer in module.buffers():
+            after.callback(setattr, buffer, "data", buffer.clone())  # in place, autograd would take it for changed
+        yield
 
 
 def recompute(again, module, *args):
@@ -125,17 +125,15 @@ class LSTMCell(nn.Module):
         self.gates = nn.Linear(2 * dim, 4 * dim)
 
     def forward(self, x, h, c):
-        C = x.shape[-1]
-        mix = self.gates(torch.cat((x, h), dim=-1))
-        f, i, o = mix[..., :3 * C].sigmoid().chunk(3, dim=-1)
-        c = f * c + i * mix[..., 3 * C:].tanh()
-        return (o * c.tanh()).to(mix.dtype), c
+        f, i, o, g = self.gates(torch.cat((x, h), dim=-1)).chunk(4, dim=-1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return (o.sigmoid() * c.tanh()).to(o.dtype), c
 
 
 class Stage(nn.Module):
     """Stage k = 0..3: downsampling, window and grid attention on all frames at once, then an LSTM over time.
 
-    x (T, B, C_in, H, W), h and c (B, H/f, W/f, C)  ->  features (T, B, C, H/f, W/f) and the next h and c
+    x (T * B, C_in, H, W), h and c (B, H/f, W/f, C)  ->  features (T * B, C, H/f, W/f), like x, and the next h and c
     """
 
     def __init__(self, config, k):
@@ -148,18 +146,16 @@ class Stage(nn.Module):
         self.lstm = LSTMCell(dim)
 
     def forward(self, x, h, c):
-        B = x.shape[1]
-        x = self.conv(x.flatten(0, 1))
-        dtype = x.dtype  # what autocast computes in
-        x = self.norm(x.permute(0, 2, 3, 1))  # (T * B, H, W, C)
-        parts = x.split(B) if self.checkpointing else [x]  # one time step after the other: a T-th is recomputed at once
+        tokens, B = self.norm(self.conv(x).permute(0, 2, 3, 1)), len(h)  # (T * B, H/f, W/f, C)
+        # one time step after the other: a T-th is recomputed at once
+        parts = tokens.split(B) if self.checkpointing else [tokens]
         for block in self.attention:
             parts = [recompute(self.checkpointing, block, part) for part in parts]
-        h, features = h.to(dtype), []
-        for x_t in (x_t for part in parts for x_t in part.to(dtype).split(B)):
+        h, features = h.to(x.dtype), []  # what autocast computes in
+        for x_t in (x_t for part in parts for x_t in part.to(x.dtype).split(B)):
             h, c = recompute(self.checkpointing, self.lstm, x_t, h, c)
             features.append(h)
-        return torch.stack(features).permute(0, 1, 4, 2, 3), h.float(), c
+        return torch.cat(features).permute(0, 3, 1, 2), h.float(), c
 
 
 # ---- pyramid
@@ -202,25 +198,22 @@ class PAFPN(nn.Module):
     def __init__(self, config):
         super().__init__()
         depth, pairs = round(3 * config.fpn_depth), list(zip(config.dims, config.dims[1:]))  # (finer, coarser) widths
-        self.checkpointing = config.checkpointing
+        self.recomputed = 2 * config.checkpointing  # levels, the finest, which hold most of the activations
         self.lateral = nn.ModuleList(Conv(coarse, fine) for fine, coarse in pairs)
         self.top_down = nn.ModuleList(CSP(2 * fine, fine, depth) for fine, _ in pairs)
         self.down = nn.ModuleList(Conv(fine, fine, 3, stride=2) for fine, _ in pairs)
         self.bottom_up = nn.ModuleList(CSP(2 * fine, coarse, depth) for fine, coarse in pairs)
 
     def forward(self, features):
-        def run(module, level, x):  # the two finest levels hold most of the activations
-            return recompute(self.checkpointing and level < 2, module, x)
-
         x, laterals = features[-1], []
         for i in reversed(range(len(self.lateral))):
-            laterals.append(run(self.lateral[i], i + 1, x))
+            laterals.append(recompute(i + 1 < self.recomputed, self.lateral[i], x))
             x = F.interpolate(laterals[-1], scale_factor=2, mode="nearest-exact")
-            x = run(self.top_down[i], i, torch.cat((x, features[i]), dim=1))
+            x = recompute(i < self.recomputed, self.top_down[i], torch.cat((x, features[i]), dim=1))
         outputs = [x]
         for i, down in enumerate(self.down):
-            x = torch.cat((run(down, i, outputs[-1]), laterals.pop()), dim=1)
-            outputs.append(run(self.bottom_up[i], i + 1, x))
+            x = torch.cat((recompute(i < self.recomputed, down, outputs[-1]), laterals.pop()), dim=1)
+            outputs.append(recompute(i + 1 < self.recomputed, self.bottom_up[i], x))
         return outputs
 
 
@@ -264,7 +257,10 @@ class EventTemporalAttention(nn.Module):
 
 
 class SmallObjectAttention(nn.Module):
-    """Spatial, then temporal attention, then a convolution that joins them: x (T, B, C, H, W), past -> like x, past."""
+    """Spatial, then temporal attention, then a convolution that joins them.
+
+    x (T * B, C, H, W), where there is temporal attention its past (B, 2, C, H, W)  ->  like x and, then, the next past
+    """
 
     def __init__(self, config, level):
         super().__init__()
@@ -273,12 +269,12 @@ class SmallObjectAttention(nn.Module):
         self.temporal = EventTemporalAttention(dim) if temporal else None
         self.join = Conv(dim, dim) if spatial and temporal else nn.Identity()
 
-    def forward(self, x, past):
-        TB = x.shape[:2]
-        x = self.spatial(x.flatten(0, 1)).unflatten(0, TB)
-        if self.temporal is not None:
-            x, past = self.temporal(x, past)
-        return self.join(x.flatten(0, 1)).unflatten(0, TB), past
+    def forward(self, x, *past):
+        x = self.spatial(x)
+        if past:
+            x, *past = self.temporal(x.unflatten(0, (-1, len(past[0]))), *past)
+            x = x.flatten(0, 1)
+        return self.join(x), *past
 
 
 class ScaleAwareChannelAttention(nn.Module):
@@ -324,22 +320,16 @@ def reset_state(state, is_first):
     return [s.masked_fill(is_first.view(-1, *[1] * (s.ndim - 1)), 0) for s in state]
 
 
-def keep_buffers():
-    """Let glibc reuse large buffers: else each big tensor on a CPU goes back to the kernel and is paged in anew.
-
-    One arena, too: a loader's threads would have arenas of their own, which are too small for a batch.
-    """
-    with suppress(OSError, AttributeError):  # another libc
-        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-8, 1)):  # M_MMAP_, M_TRIM_THRESHOLD, ARENA_MAX
-            ctypes.CDLL(None).mallopt(option, value)
-
-
 class Detector(nn.Module):
     """The whole network. `config` holds its resolved ModelConfig."""
 
     def __init__(self, config):
         super().__init__()
-        keep_buffers()
+        # glibc reuses large buffers: else each big tensor on a CPU goes back to the kernel and is paged in anew. One
+        # arena, too: a loader's threads would have arenas of their own, which are too small for a batch
+        with suppress(OSError, AttributeError):  # another libc
+            for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-8, 1)):  # M_MMAP_, M_TRIM_THRESHOLD, ARENA_MAX
+                ctypes.CDLL(None).mallopt(option, value)
         self.config = config = config.resolved()
         self.stages = nn.ModuleList(Stage(config, k) for k in range(config.fpn_stages[-1]))
         self.fpn = PAFPN(config)
@@ -372,26 +362,24 @@ class Detector(nn.Module):
         stride) in float32, N = chosen frames in (t, b) order, anchors level by level, finest first, row-major.
         ValueError if the frames are of another size than the detector was built for.
         """
-        config, TB, (H, W), kind = self.config, events.shape[:2], events.shape[-2:], events.device.type
-        if (H, W) != config.input_hw:
-            raise ValueError(f"event frames are {H}x{W} but this detector was built for input_hw={config.input_hw}")
+        config, (H, W), kind = self.config, events.shape[-2:], events.device.type
+        require((H, W) == config.input_hw, f"event frames are {H}x{W}, this detector was built for {config.input_hw}")
         if frames is not None and frames.dtype == torch.bool:
             frames = frames.flatten().nonzero().flatten().to(events.device, non_blocking=True)
-        state = self.initial_state(TB[1]) if state is None else state
+        state = self.initial_state(events.shape[1]) if state is None else state
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.stages[0].conv.weight.dtype
         x = F.pad(events.flatten(0, 1), (0, config.padded_hw[1] - W, 0, config.padded_hw[0] - H))
-        x, maps, following = x.to(dtype, memory_format=torch.channels_last).unflatten(0, TB), [], []
+        x, maps, following = x.to(dtype, memory_format=torch.channels_last), [], []  # (T * B, C, H, W), as all maps
         for stage, h, c in zip(self.stages, state[::2], state[1::2]):
             x, h, c = stage(x, h, c)
-            maps.append(x.flatten(0, 1))
+            maps.append(x)
             following += [h, c]
         features, past = [maps[k - 1] for k in config.fpn_stages], state[len(following):]
         if config.small_object_attention:  # it looks back in time, so every frame passes the pyramid
             features = self.fpn(features)
             for level, module in enumerate(self.attention):
-                x, new = module(features[level].unflatten(0, TB), past[level] if past else None)
-                features[level] = x.flatten(0, 1)
-                following += [new] if past else []
+                features[level], *new = module(features[level], *past[level:level + 1])
+                following += new
             features = [module(f) for module, f in zip(self.channel_attention, features)]
         features = [f if frames is None else f.index_select(0, frames) for f in features]
         features = features if config.small_object_attention else self.fpn(features)
@@ -411,9 +399,8 @@ def read_checkpoint(path):
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for damaged files
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
         what = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint, or truncated"
-        if culprit:
+        if culprit := re.search(r"GLOBAL (\S+)", str(error)):
             what = (f"{culprit[1]} in it could run code; if you trust it, convert it: python -c \"import torch; "
                     f"torch.save(dict(state_dict=torch.load('{path}', weights_only=False)['state_dict']), 'ok.ckpt')\"")
         raise ValueError(f"{path}: {what}") from error
@@ -423,13 +410,13 @@ def read_checkpoint(path):
     return found
 
 
-RVT_NAMES = [  # (RVT's name, ours) as regular expressions, applied in turn
-    (r"backbone\.|downsample_cf2cl\.|self_attn\.", ""), (r"lstm\.conv1x1", "lstm.gates"), (r"mlp\.net\.0\.0", "fc1"),
-    (r"mlp\.net\.2", "fc2"), (r"att_blocks\.0\.att_window", "attention.0"), (r"att_blocks\.0\.att_grid", "attention.1"),
-    (r"ls(\d)\.gamma", r"scale\1"), (r"lateral_conv0", "lateral.1"), (r"reduce_conv1", "lateral.0"),
-    (r"C3_p4", "top_down.1"), (r"C3_p3", "top_down.0"), (r"C3_n3", "bottom_up.0"), (r"C3_n4", "bottom_up.1"),
-    (r"bu_conv2", "down.0"), (r"bu_conv1", "down.1"), (r"(m\.\d+)\.conv1", r"\1.0"), (r"(m\.\d+)\.conv2", r"\1.1"),
-    (r"yolox_head\.(stem|\w+_pred|\w+_convs)s?\.(\d)", r"heads.\2.\1")]
+# (RVT's name, ours) as regular expressions, applied in turn
+RVT_NAMES = [(r"backbone.|downsample_cf2cl.|self_attn.", ""), (r"att_blocks.0.att_window", "attention.0"),
+             (r"att_blocks.0.att_grid", "attention.1"), (r"ls(\d).gamma", r"scale\1"), (r"mlp.net.0.0", "fc1"),
+             (r"mlp.net.2", "fc2"), (r"lstm.conv1x1", "lstm.gates"), (r"C3_p4", "top_down.1"), (r"C3_p3", "top_down.0"),
+             (r"lateral_conv0", "lateral.1"), (r"reduce_conv1", "lateral.0"), (r"C3_n3", "bottom_up.0"),
+             (r"bu_conv2", "down.0"), (r"bu_conv1", "down.1"), (r"C3_n4", "bottom_up.1"), (r"(m\.\d+).conv1", r"\1.0"),
+             (r"(m\.\d+).conv2", r"\1.1"), (r"yolox_head.(stem|\w+_pred|\w+_convs)s?.(\d)", r"heads.\2.\1")]
 
 
 def load_weights(model, weights, where):
@@ -452,13 +439,11 @@ def load_rvt(path, **overrides):
     """
     weights = {key[4:]: value for key, value in read_checkpoint(path).get("state_dict", {}).items()
                if key.startswith("mdl.") and isinstance(value, torch.Tensor)}
-    try:
+    with reading(f"{path}: no checkpoint of RVT, or not all of its weights"):
         stem = weights["backbone.stages.0.downsample_cf2cl.conv.weight"]
         bottlenecks = len({key.split(".")[3] for key in weights if key.startswith("fpn.C3_p4.m.")})
         told = dict(embed_dim=stem.shape[0], patch_size=(stem.shape[2] + 1) // 2, fpn_depth=round(bottlenecks / 3, 2),
                     num_classes=weights["yolox_head.cls_preds.0.weight"].shape[0])
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{path}: no checkpoint of RVT: weight {error} is missing") from error
     for pattern, name in RVT_NAMES:
         weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
     # a 1x1 convolution is linear
