@@ -32,7 +32,6 @@ defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, 
 
 REPRESENTATION = "event_representations_v2/stacked_histogram_dt=50_nbins=10"
 FILES = {"half": "event_representations_ds2_nearest.h5", "full": "event_representations.h5"}
-INDEX = "objframe_idx_2_repr_idx.npy"
 CHANNELS = 20  # polarity * 10 + time bin
 BOX_DTYPE = np.dtype([*zip("t x y w h class_id track_id class_confidence".split(), "i8 f4 f4 f4 f4 u4 u4 f4".split())])
 
@@ -106,7 +105,7 @@ class Sequence:
         one = itertools.repeat(np.empty((CHANNELS, *self.hw), np.uint8))  # frame after frame decodes into it
         self.read(0 if decode else self.length - 1, self.length, one)
         self.timestamps_us = read_ascending(folder / "timestamps_us.npy", 2**62, self.length)
-        frames, path = read_ascending(folder / INDEX, self.length), self.path / "labels_v2" / "labels.npz"
+        frames, path = read_ascending(folder / "objframe_idx_2_repr_idx.npy", self.length), self.path / "labels_v2/labels.npz"
         with reading(path), np.errstate(all="ignore"):  # what overflows is not finite
             labels = np.load(path, allow_pickle=False)["labels"]
             raw = np.ones(len(labels), BOX_DTYPE)
@@ -273,9 +272,8 @@ class TrainData:
 
     def __getitem__(self, index):
         (H, W), (step, a), B = self.sequences[0].hw, divmod(index, self.accumulation), sum(self.slots)
-        shape = self.T, B, CHANNELS, H, W  # numpy's memory is used again, torch's is paged in anew: half the frames/s
-        events = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self.pin_memory else \
-            torch.from_numpy(np.empty(shape, np.uint8))
+        # numpy's memory is used again, torch's is paged in anew: half the frames/s
+        events = torch.from_numpy(np.empty((self.T, B, CHANNELS, H, W), np.uint8))
         is_first, maps, found = torch.empty(B, dtype=torch.bool), [], {}
         for b in range(B):
             kind, i, n = (0, b, self.slots[0]) if b < self.slots[0] else (1, b - self.slots[0], self.slots[1])
@@ -292,6 +290,7 @@ class TrainData:
                     found[frame - start, b] = boxes[left]
         frames = torch.tensor([[(t, b) in (found or [(0, 0)]) for b in range(B)] for t in range(self.T)])
         targets = pad_targets([boxes for _, boxes in sorted(found.items())])
+        events = events.pin_memory() if self.pin_memory else events
         return Batch(events, *map(torch.stack, zip(*maps)), is_first, frames, targets, bool(found))
 
 

@@ -19,7 +19,7 @@ from configurator import command_line, configure, reading, require
 from data import Sequence
 from eval import StreamDetector, load_detector
 from model import read_checkpoint
-from prepare import WINDOW_US, histogram, open_recording, windows
+from prepare import WINDOW_US, Recording, histogram, windows
 from train import resolve_device
 
 # Of train.py or RVT; .h5 .hdf5 .dat .raw .evt2 .evt3 ..., or the folder of a prepared sequence; video, .gif or .mp4, in
@@ -62,7 +62,7 @@ def open_frames(path, input_hw, height=0, width=0):
     if Path(path).is_dir():
         file = Sequence(path)
         return file.hw, 1, file.length, ((int(t), file.read(k, k + 1)[0]) for k, t in enumerate(file.timestamps_us))
-    file = open_recording(path, height, width)
+    file = Recording(path, height, width)
     H, W = file.height, file.width
     scale, how = (2, "nearest") if W >= 1.5 * input_hw[1] else (1, "none")
     frames = ((file.first_us + k * WINDOW_US, histogram(*chunk, H, W, how)) for k, chunk in enumerate(windows(file), 1))
@@ -93,8 +93,7 @@ def main(argv):
     trained_hw = saved.get("model_config", {}).get("input_hw", (360, 640))  # RVT's do not tell
     hw, scale, total, frames = open_frames(config.recording, trained_hw, config.height, config.width)
     model = load_detector(config.ckpt, hw).to(device)
-    names = config.class_names or saved.get("config", {}).get("class_names", ())
-    names = [*names, *map(str, range(len(names), model.config.num_classes))]
+    names = config.class_names or saved.get("config", {}).get("class_names") or [str(k) for k in range(2**10)]
     detector = StreamDetector(model, dtype, confidence=config.confidence, score="obj*cls")
     pairs = [(Path(x), Path(x).with_name(f".partial-{Path(x).name}")) for x in (config.out, config.boxes) if x]
     with ExitStack() as cleaning:

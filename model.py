@@ -421,13 +421,12 @@ RVT_NAMES = [(r"backbone.|downsample_cf2cl.|self_attn.", ""), (r"att_blocks.0.at
 
 def load_weights(model, weights, where):
     """Copy a state dict into `model`; ValueError names what is missing, left over or of another shape."""
-    own, given = ({key: tuple(value.shape) if torch.is_tensor(value) else type(value) for key, value in found.items()}
-                  for found in (model.state_dict(), weights))
+    own, given = ({key: tuple(x.shape) if torch.is_tensor(x) and x.layout == torch.strided else type(x)
+                   for key, x in found.items()} for found in (model.state_dict(), weights))
     wrong = sorted(f"{key} is {given.get(key, 'missing')}, expected {own.get(key, 'nothing')}"
                    for key in own.keys() | given.keys() if own.get(key) != given.get(key))
     require(not wrong, f"{where}: {len(wrong)} weights do not fit this architecture: {'; '.join(wrong[:3])}")
-    with reading(where):
-        model.load_state_dict(weights)
+    model.load_state_dict(weights)
     return model
 
 

@@ -159,9 +159,6 @@ class Recording:
                     yield raised, x.astype(np.int32, copy=False), y.astype(np.int32, copy=False), p
 
 
-open_recording = Recording  # what other files call
-
-
 def windows(recording, ends_us=None):
     """Yield the events (t, x, y, p) of each window [end - WINDOW_US, end], both ends included, in bounded memory.
 
@@ -305,7 +302,7 @@ def prepare_sequence(job):
     split, name, files, options = job
     final = Path(options.dst, split, name)
     try:
-        recording = open_recording(files["events"], options.height, options.width)
+        recording = Recording(files["events"], options.height, options.width)
         size = recording.height, recording.width
         boxes = read_labels(files["labels"]) if "labels" in files else np.zeros(0, LABEL)
         boxes, found = filter_boxes(boxes, *size, len(options.class_names), options.box_filter, split == "train")
@@ -387,8 +384,7 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
 
 
 def main(argv):
-    config = configure(defaults, argv)
-    print(f"{config['dst']}:", ", ".join(f"{count} {outcome}" for outcome, count in prepare(**config).items()))
+    print(*(f"{count} {outcome}" for outcome, count in prepare(**configure(defaults, argv)).items()), sep=", ")
 
 
 if __name__ == "__main__":

@@ -1431,7 +1431,7 @@ def test_missing_files_and_inconsistent_arrays_name_the_file(tmp_path):
         return str(error.value)
 
     folder, labels = data.REPRESENTATION, "labels_v2/labels.npz"
-    index, times, events = f"{folder}/{data.INDEX}", f"{folder}/timestamps_us.npy", f"{folder}/{data.FILES['half']}"
+    index, times, events = f"{folder}/objframe_idx_2_repr_idx.npy", f"{folder}/timestamps_us.npy", f"{folder}/{data.FILES['half']}"
     for i, file in enumerate((index, times, labels)):
         assert "No such file" in attempt(f"gone{i}", lambda path: (path / file).unlink())
         attempt(f"empty{i}", lambda path: (path / file).write_bytes(b""))
@@ -1656,7 +1656,7 @@ def test_windows_hold_both_their_ends_whatever_the_blocks(tmp_path, monkeypatch)
     ends = [50_000, 60_000, 100_000, 150_000, 150_000, 380_000, 900_000]
     for block in (7, 100, 1 << 19):
         monkeypatch.setattr(prepare, "BLOCK", block)
-        for end, window in zip(ends, prepare.windows(prepare.open_recording(path), ends), strict=True):
+        for end, window in zip(ends, prepare.windows(prepare.Recording(path), ends), strict=True):
             inside = (t >= end - 50_000) & (t <= end)
             for column, expected in zip(window, (t, x, y, p)):
                 np.testing.assert_array_equal(column, expected[inside])
@@ -1665,11 +1665,11 @@ def test_windows_hold_both_their_ends_whatever_the_blocks(tmp_path, monkeypatch)
 def test_windows_without_ends_cover_the_recording_from_its_first_event_on(tmp_path):
     t, x, y, p = some_events(500, 430_000)
     t += 11_718_656
-    recording = prepare.open_recording(write_h5(tmp_path / "a_td.h5", t, x, y, p))
+    recording = prepare.Recording(write_h5(tmp_path / "a_td.h5", t, x, y, p))
     got = list(prepare.windows(recording))
     assert len(got) == -(-(t[-1] - t[0]) // 50_000)
     assert set(np.concatenate([window[0] for window in got])) == set(t)
-    empty = prepare.open_recording(write_h5(tmp_path / "b_td.h5", [], [], [], []))
+    empty = prepare.Recording(write_h5(tmp_path / "b_td.h5", [], [], [], []))
     assert list(prepare.windows(empty)) == []
     assert [len(window[0]) for window in prepare.windows(empty, [50_000, 100_000])] == [0, 0]
 
@@ -1677,7 +1677,7 @@ def test_windows_without_ends_cover_the_recording_from_its_first_event_on(tmp_pa
 def test_times_that_go_backwards_are_raised_across_blocks_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 4)
     t = np.array([5, 9, 8, 10, 3, 12, 12, 40, 13, 14, 15, 50])
-    recording = prepare.open_recording(write_h5(tmp_path / "a_td.h5", t, t * 0, t * 0, t * 0))
+    recording = prepare.Recording(write_h5(tmp_path / "a_td.h5", t, t * 0, t * 0, t * 0))
     got = np.concatenate([chunk[0] for chunk in recording.chunks()])
     np.testing.assert_array_equal(got, np.maximum.accumulate(t))
     assert recording.backwards == 5 and recording.events == 12
@@ -1687,9 +1687,9 @@ def test_times_that_go_backwards_are_raised_across_blocks_and_counted(tmp_path, 
 def test_events_off_the_sensor_are_dropped_and_counted(tmp_path):
     t, x, y, p = some_events(300, 60_000)
     x[[3, 7]], y[9] = 64, 1000
-    recording = prepare.open_recording(write_h5(tmp_path / "a_td.h5", t, x, y, p))
+    recording = prepare.Recording(write_h5(tmp_path / "a_td.h5", t, x, y, p))
     assert sum(len(chunk[0]) for chunk in recording.chunks()) == 297 and recording.outside == 3
-    wrong = prepare.open_recording(write_h5(tmp_path / "b_td.h5", t, x + 100, y, p))
+    wrong = prepare.Recording(write_h5(tmp_path / "b_td.h5", t, x + 100, y, p))
     with pytest.raises(ValueError, match="b_td.h5.*most lie off 48 x 64 px"):
         list(wrong.chunks())
 
@@ -1819,14 +1819,14 @@ def test_height_and_width_come_from_the_file_else_from_the_data_set_else_they_ar
     events = some_events(100, 50_000, (240, 304))
     path = write_h5(tmp_path / "raw" / "train" / "a_td.dat.h5", *events, size=None)
     with pytest.raises(ValueError, match="a_td.dat.h5: a sensor of 0 x 0 px.*--height"):
-        prepare.open_recording(path)
+        prepare.Recording(path)
     np.save(tmp_path / "raw" / "train" / "a_bbox.npy", some_labels([250_000]))
     prepare.prepare(tmp_path / "raw", tmp_path / "out", "gen1", box_filter="none")
     assert load(tmp_path / "out" / "train" / "a")["event_representations.h5"].shape[2:] == (240, 304)
     path = write_h5(tmp_path / "b.hdf5", *events, size=None, group="CD/events")
     with h5py.File(path, "a") as file:
         file["CD/events"].attrs["height"], file.attrs["width"] = 260, 346
-    recording = prepare.open_recording(path, 100, 100)
+    recording = prepare.Recording(path, 100, 100)
     assert (recording.height, recording.width) == (260, 346)
 
 
@@ -1917,7 +1917,7 @@ def test_dat_files_are_read_as_they_were_written(version, bits, tmp_path, monkey
     header = f"% Data file containing CD events.\n% Version {version}\n% Height 240\n% Width 304\n".encode()
     path = tmp_path / "a_td.dat"
     path.write_bytes(header + b"\x00\x08" + records.tobytes())
-    recording = prepare.open_recording(path)
+    recording = prepare.Recording(path)
     assert (recording.height, recording.width) == (240, 304)
     for got, expected in zip(map(np.concatenate, zip(*recording.chunks())), (t, x, y, p), strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -1938,7 +1938,7 @@ def test_real_recordings_hold_what_their_description_says(name, size, count, spa
         pytest.skip("../shared/data is absent")
     if path.suffix != ".dat":
         pytest.importorskip("faery")
-    recording = prepare.open_recording(path, *size)
+    recording = prepare.Recording(path, *size)
     assert (recording.height, recording.width) == size
     t, x, y, p = map(np.concatenate, zip(*recording.chunks()))
     assert len(t) == count == recording.events and recording.outside == 0 and (np.diff(t) >= 0).all()
@@ -1960,7 +1960,7 @@ def test_unreadable_recordings_are_named_in_one_line(tmp_path):
     for name in ("cut.h5", "other.h5", "noise.h5", "empty.h5", "noise.dat", "empty.dat", "header.dat", "absent.h5",
                  "events.txt", "noise.aedat4", "noise.es", "noise.raw", "noise.evt3"):
         with pytest.raises(ValueError) as error:
-            list(prepare.open_recording(tmp_path / name, 48, 64).chunks())
+            list(prepare.Recording(tmp_path / name, 48, 64).chunks())
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
@@ -1975,7 +1975,7 @@ def test_a_recording_damaged_within_tells_how_much_could_be_read(tmp_path, monke
     content[offset:offset + size] = b"\xff" * size
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"a_td.h5, after 3000 events up to {t[2999]} us: "):
-        list(prepare.open_recording(path, 48, 64).chunks())
+        list(prepare.Recording(path, 48, 64).chunks())
 
 
 def test_a_chunk_of_a_recording_whose_header_lies_about_its_sizes_is_refused(tmp_path):
@@ -1985,14 +1985,14 @@ def test_a_chunk_of_a_recording_whose_header_lies_about_its_sizes_is_refused(tmp
     for place in (4, 12):  # bytes of the events, bytes of the chunk
         (tmp_path / "a.h5").write_bytes(whole[:at + place] + b"xxxx" + whole[at + place + 4:])
         with pytest.raises(ValueError, match="a.h5.*sizes of a chunk are damaged, events from 1000"):
-            list(prepare.open_recording(tmp_path / "a.h5").chunks())
+            list(prepare.Recording(tmp_path / "a.h5").chunks())
 
 
 def test_a_format_that_needs_faery_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faery", None)
     (tmp_path / "a.raw").write_bytes(b"% evt 3.0\n")
     with pytest.raises(ValueError, match="a.raw.*pip install faery"):
-        prepare.open_recording(tmp_path / "a.raw", 720, 1280)
+        prepare.Recording(tmp_path / "a.raw", 720, 1280)
 
 
 # ---- simulate
@@ -2008,7 +2008,7 @@ def small_traffic(tmp_path_factory):
 
 
 def recording_of(path):
-    return list(map(np.concatenate, zip(*prepare.open_recording(path).chunks())))
+    return list(map(np.concatenate, zip(*prepare.Recording(path).chunks())))
 
 
 def test_simulation_depends_on_the_seed_alone(small_traffic, tmp_path):
@@ -2878,7 +2878,7 @@ def test_damaged_recordings_are_named(tmp_path, monkeypatch):
         chunks = [file["events"][key].id.get_chunk_info(k).byte_offset for key in "txyp" for k in range(3)]
 
     def read(path):
-        for _ in prepare.windows(prepare.open_recording(path, 48, 64)):
+        for _ in prepare.windows(prepare.Recording(path, 48, 64)):
             pass
 
     def cases():
