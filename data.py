@@ -106,7 +106,7 @@ class Sequence:
         self.read(0 if decode else self.length - 1, self.length, one)
         self.timestamps_us = read_ascending(folder / "timestamps_us.npy", 2**62, self.length)
         frames = read_ascending(folder / "objframe_idx_2_repr_idx.npy", self.length)
-        with reading(path := self.path / "labels_v2/labels.npz"), np.errstate(all="ignore"):  # what overflows is not finite
+        with reading(path := self.path / "labels_v2/labels.npz"), np.errstate(all="ignore"):  # overflows: not finite
             labels = np.load(path, allow_pickle=False)["labels"]
             raw = np.ones(len(labels), BOX_DTYPE)
             for name in set(BOX_DTYPE.names) - {"track_id", "class_confidence"}.difference(labels.dtype.names):
