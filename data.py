@@ -98,7 +98,7 @@ class Sequence:
     def __init__(self, path, resolution="auto", num_classes=0, decode=False):
         self.path, self.name, folder = Path(path), Path(path).name, Path(path) / REPRESENTATION
         kind = next((k for k in FILES if resolution in ("auto", k) and (folder / FILES[k]).is_file()), None)
-        require(kind, f"{path}: no events for {resolution=}; take --resolution=auto, or prepare anew")
+        require(kind, f"{path}: no events for {resolution=}; prepare.py prepares them")
         self.file, self.version = str(folder / FILES[kind]), (folder / FILES[kind]).stat().st_mtime_ns
         shape = open_events(self.file, self.version)[0].shape
         self.length, self.hw, scale = shape[0], shape[2:], 1 + (kind == "half")

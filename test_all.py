@@ -1497,7 +1497,7 @@ def test_inspection_ends_with_an_error_where_training_would_fail(tmp_path, capsy
     with pytest.raises(ValueError, match="findings: 2"):
         data.main([str(tmp_path), "--picture="])
     out = capsys.readouterr().out
-    assert "train: 1 sequences" in out and "train/s1" in out and "out of order" in out
+    assert "train: 1 sequences" in out and "train/s1" in out and "unsorted" in out
     data.main([str(tmp_path), "--split=val", "--picture="])
     with pytest.raises(ValueError):
         data.main([str(tmp_path / "nowhere")])
@@ -2984,7 +2984,7 @@ def test_damaged_checkpoints_are_named(tmp_path, traffic, monkeypatch):
     monkeypatch.setattr(train, "write", lambda *a: ...)  # so that a run that goes on leaves its checkpoint as it was
 
     def resume(path):
-        run_train(f"--out_dir={path.parent}", "--init_from=resume", "--max_steps=2", *TINY[-3:])
+        run_train(f"--out_dir={path.parent}", f"--data_dir={traffic}", "--init_from=resume", "--max_steps=2", *TINY[-3:])
 
     survive(damaged_checkpoints(np.random.default_rng(3), 80, tmp_path, whole, resume, load_detector))
 
