@@ -2,8 +2,8 @@
 
     python train.py configs/toy.py
 
-Reached, class mean over all boxes of the test split: AP 6.6, AP50 19.1 (seed 0) and AP 10.4, AP50 23.7 (seed 1), 1,200
-steps on two cores each (8.5 minutes where nothing else runs).
+Reached, class mean over all boxes of the test split, with --max_steps=1000: AP 12.0, AP50 26.8 (seed 0) and AP 11.4,
+AP50 25.2 (seed 1), on two cores (EPYC), where a step takes 0.6 s.
 """
 
 out_dir = "out_toy"
