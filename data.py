@@ -23,6 +23,7 @@ from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
 
 from configurator import command_line, configure, reading, require
+from prepare import LABEL as BOX_DTYPE
 
 data_dir = "datasets/toy"  # a prepared data set; the first word of the command line may name it instead
 split = ""  # train, val or test; empty: all three
@@ -33,7 +34,6 @@ defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, 
 REPRESENTATION = "event_representations_v2/stacked_histogram_dt=50_nbins=10"
 FILES = {"half": "event_representations_ds2_nearest.h5", "full": "event_representations.h5"}
 CHANNELS = 20  # polarity * 10 + time bin
-BOX_DTYPE = np.dtype([*zip("t x y w h class_id track_id class_confidence".split(), "i8 f4 f4 f4 f4 u4 u4 f4".split())])
 
 # One micro-batch; T time steps, B slots, N frames with labels.
 #   events (T, B, 20, H, W) uint8 as stored, zeros where a run has ended; rows (B, H), cols (B, W) int64, for augment
