@@ -131,7 +131,7 @@ class Sequence:
                     data.read_direct(target, np.s_[frame])
                     continue
                 # Blosc trusts the sizes in a chunk's header (README_CHUNK_FORMAT.rst of c-blosc 1)
-                require(np.frombuffer(chunk, "<u4", 4)[1::2].tolist() == [target.nbytes, len(chunk)], "damaged sizes")
+                require([*np.frombuffer(chunk, "<u4", 4)[1::2]] == [target.nbytes, len(chunk)], "sizes are damaged")
                 blosc1.decompress(chunk, target)
         return out
 
