@@ -30,6 +30,20 @@ def reading(what):
         raise ValueError(f"{what}: {' '.join(str(error).split()) or repr(error)}") from error
 
 
+def write(path, contents):
+    """Text, or what contents(file) writes, to a temporary file, flushed and renamed: `path` is whole, old or new.
+
+    Its folder is made if need be. ValueError if it cannot be written.
+    """
+    with reading(f"{path}: not written (is the disk full?), the one before is intact"):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(contents.encode()) if isinstance(contents, str) else contents(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+
+
 def value_of(key, value, defaults, where, text=False):
     """Value for `key`, of the type of its default: ints widen to floats; from `text`, words with commas make a tuple.
 
@@ -79,7 +93,7 @@ def dump(config):
 
 
 def command_line(main):
-    """Run main(argv); a user's mistake (ValueError, OSError) ends in one line, Ctrl-C in status 130 without any.
+    """Run main(argv); a user's mistake (ValueError, OSError, a full GPU) ends in one line, Ctrl-C in status 130.
 
     NANORVT_TRACEBACK=1 shows where the mistake was found.
     """
@@ -87,7 +101,8 @@ def command_line(main):
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        if os.environ.get("NANORVT_TRACEBACK"):
+    except Exception as error:
+        mistake = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "OutOfMemoryError"
+        if not mistake or os.environ.get("NANORVT_TRACEBACK"):
             raise
         sys.exit("error: " + " ".join(str(error).split()))

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import GifImagePlugin, Image, ImageDraw
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading, require
+from configurator import command_line, configure, reading, require, write
 from data import Sequence
 from eval import StreamDetector, load_detector
 from model import read_checkpoint
@@ -95,13 +95,12 @@ def main(argv):
     model = load_detector(config.ckpt, hw).to(device)
     names = config.class_names or saved.get("config", {}).get("class_names") or [str(k) for k in range(2**10)]
     detector = StreamDetector(model, dtype, confidence=config.confidence, score="obj*cls")
-    pairs = [(Path(x), Path(x).with_name(f".partial-{Path(x).name}")) for x in (config.out, config.boxes) if x]
+    part = Path(config.out).with_name(f".partial-{Path(config.out).name}")
+    part.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as cleaning:
-        for path, part in pairs:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cleaning.callback(part.unlink, missing_ok=True)
+        cleaning.callback(part.unlink, missing_ok=True)
         with ExitStack() as stack:
-            append = open_video(pairs[0][1], draw(np.zeros((20, *hw), np.uint8), (), names).size, stack)
+            append = open_video(part, draw(np.zeros((20, *hw), np.uint8), (), names).size, stack)
             for t_us, frame in tqdm(frames, "detecting", total, unit=" frames"):
                 found.append(detector(frame, t_us))
                 append(draw(frame, found[-1], names))
@@ -110,9 +109,8 @@ def main(argv):
         for name in "xywh":
             found[name] *= scale
         if config.boxes:
-            np.save(part, found)
-        for path, part in pairs:
-            part.replace(path)
+            write(config.boxes, lambda file: np.save(file, found))
+        part.replace(config.out)
     print(f"{config.out}: frames of {hw}, trained on {trained_hw}; ms a frame: {detector.speed()}")
 
 

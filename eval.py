@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading, require
+from configurator import command_line, configure, reading, require, value_of, write
 from data import BOX_DTYPE, load_classes, make_loader, open_split
 from loss import box_iou
 from model import Conv, Detector, ModelConfig, load_rvt, load_weights, read_checkpoint, reset_state
@@ -110,7 +110,7 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
     spans = [range(max(int(s.label_frames[0]) - T + 1, 0), int(s.label_frames[-1]) + 1, T) for s in sequences]
     order = sorted(range(len(spans)), key=lambda i: -len(spans[i]))[rank::world]
     # the longest first, so no slot outlasts the one before it, and the batch gets smaller from its end
-    slots = [[(i, t) for i in order[b::batch_size] for t in spans[i]] for b in range(batch_size)]
+    slots = [[(i, t) for i in order[b::batch_size] for t in spans[i]] for b in range(batch_size)[:len(order) or 1]]
     steps = [[slot[k] for slot in slots if k < len(slot)] for k in range(len(slots[0]))]
 
     def read(k):
@@ -120,7 +120,7 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
             sequences[i].read(t, min(t + T, sequences[i].length), events[:, b].numpy())
         return events
 
-    loader, state = make_loader(read, 0, num_workers), model.eval().initial_state(batch_size)
+    loader, state = make_loader(read, 0, num_workers), model.eval().initial_state(len(slots))
     for step in tqdm(steps, "evaluating", unit=" chunks", leave=False, disable=rank > 0):
         due = {n: at for n, at in enumerate((i, t + k) for k in range(T) for i, t in step) if at in labelled}
         index = torch.tensor([*due], dtype=torch.int64, device=device)
@@ -384,9 +384,9 @@ def main(argv):
     if argv[:1] == ["--compare"]:
         return print(compare(argv[1:]))
     import train  # here, since it imports this file
-    path = configure(train.defaults | defaults, argv)["ckpt"]
-    trained = dict(read_checkpoint(path).get("config", {}), out_dir=str(Path(path).parent))
-    config = SimpleNamespace(**configure(train.defaults | trained | defaults, argv))
+    path = configure(known := train.defaults | defaults, argv)["ckpt"]
+    trained = {k: value_of(k, x, known, path) for k, x in read_checkpoint(path).get("config", {}).items() if k in known}
+    config = SimpleNamespace(**configure(known | trained | defaults | {"out_dir": str(Path(path).parent)}, argv))
     train.check(config)
     device, dtype = train.resolve_device(config)
     if dist.is_torchelastic_launched():
@@ -405,8 +405,7 @@ def main(argv):
     settings = {k: getattr(config, k) for k in ("data_dir", "sequence_length", *defaults)} | {"speed": detector.speed()}
     result = report(labels, found, *sequences[0].hw, names, strides=model.config.strides, **settings)
     path = Path(config.json or Path(config.out_dir, "eval", "report.json"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(jsonlib.dumps(result, indent=1) + "\n")
+    write(path, jsonlib.dumps(result, indent=1) + "\n")
     pictures(path.with_suffix(".png"), result, sequences, labels, found, names)
     print(compare([path]), f"written: {path} and .png", sep="\n")
 

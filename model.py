@@ -58,8 +58,7 @@ class ModelConfig:
 
     def resolved(self):
         """Copy with the partition split decided; ValueError where input size or classes are not known yet."""
-        if min(self.input_hw) < 1 or self.num_classes < 1:
-            raise ValueError(f"input_hw={self.input_hw}, num_classes={self.num_classes}: expected positive numbers")
+        require(min(*self.input_hw, self.num_classes) > 0, f"{self.input_hw=}, {self.num_classes=}: not all positive")
         splits = [dataclasses.replace(self, partition_split=split) for split in range(1, 9)]
         return self if self.partition_split else min(splits, key=lambda c: abs(math.log(math.prod(c.part) / 60)))
 

@@ -22,7 +22,7 @@ import hdf5plugin
 import numpy as np
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading, require
+from configurator import command_line, configure, reading, require, write
 
 src, dst = "datasets/raw", "datasets/prepared"  # raw recordings in folders train, val, test; what they are made into
 # etram | gen4 | gen1 | own: what follows is the data set's where it is left empty; names of class ids 0, 1, ..., own
@@ -369,14 +369,14 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
         require(before | about == before, f"prepared with other classes or options; remove {dst} or take another --dst")
     Path(dst, ".partial").mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(before), encoding="utf-8")
+    write(path, json.dumps(before))
     jobs = [(*sequence, options) for sequence in sequences if not Path(dst, *sequence[:2]).exists()]
     lines = {"there already": [""] * (len(sequences) - len(jobs)), "failed": []}
     for outcome, line, size in tqdm(run_jobs(prepare_sequence, jobs, num_workers), "prepare", len(jobs), unit="seq"):
         lines.setdefault(outcome, []).append(line)
         before |= zip(("height", "width"), size)
         tqdm.write(f"{outcome}: {line}")
-    path.write_text(json.dumps(before), encoding="utf-8")
+    write(path, json.dumps(before))
     shutil.rmtree(Path(dst, ".partial"))
     failed = lines.pop("failed")
     require(not failed, f"{len(failed)} of {len(jobs)} failed, the others are in {dst}: {''.join(failed[:1])}")

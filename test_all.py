@@ -8,12 +8,14 @@ Tests that compare with RVT's own outputs or read real recordings need ../shared
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -684,45 +686,53 @@ def spawn(*argv, **options):
                             text=True, **options)
 
 
-RESUMES = {"stream": ("--sampling=stream", "--num_workers=0"),
-           "random": ("--sampling=random", "--num_workers=0", "--gradient_accumulation_steps=2"),
-           "mixed": ("--sampling=mixed", "--num_workers=2")}
-
-
 def kill_and_resume(traffic, tmp_path, options, kills, rng):
-    argv = [*TINY, *options, f"--data_dir={traffic}", "--max_steps=14", "--eval_interval=7", "--log_interval=2",
-            "--checkpoint_interval=1"]
-    assert run_train(*argv, f"--out_dir={tmp_path}/whole") == 0
-    resume = []
-    for _ in range(kills):
-        process = spawn(*argv, f"--out_dir={tmp_path}/broken", *resume)
-        ready = (tmp_path / "broken" / "ckpt.pt")
-        before = ready.stat().st_mtime if ready.exists() else 0
-        while process.poll() is None and not (ready.exists() and ready.stat().st_mtime > before):
-            time.sleep(0.01)  # the first step of this life
-        time.sleep(rng.random() * 0.8)
-        process.kill()
-        process.communicate()
-        resume = ["--init_from=resume"]
-    assert run_train(*argv, f"--out_dir={tmp_path}/broken", "--init_from=resume") == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "broken")
-
-
-@pytest.mark.parametrize("sampling", RESUMES)
-def test_a_killed_run_resumes_as_if_never_stopped(sampling, traffic, tmp_path):
+    """What a run was at when it was killed, each time: "writing" a checkpoint, or else "working"."""
+    steps = 6 + 2 * kills
+    argv = [*TINY, *options, f"--data_dir={traffic}", f"--max_steps={steps}", f"--eval_interval={steps // 2}",
+            "--log_interval=2", "--checkpoint_interval=1"]
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    kill_and_resume(traffic, tmp_path, RESUMES[sampling], 1, np.random.default_rng(len(sampling)))
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(train, "draw_curves", lambda *a: None)  # slow
+    assert run_train(*argv, f"--out_dir={tmp_path}/whole") == 0
+    resume, happened = [], []
+    ready, writing = tmp_path / "broken" / "ckpt.pt", tmp_path / "broken" / "ckpt.pt.tmp"
+    for _ in range(kills):
+        process = spawn(*argv, f"--out_dir={tmp_path}/broken", *resume)
+        before = ready.stat().st_mtime if ready.exists() else 0
+        writing.unlink(missing_ok=True)
+        while process.poll() is None and not (ready.exists() and ready.stat().st_mtime > before):
+            time.sleep(0.01)  # the first step of this life
+        time.sleep(rng.random())
+        wanted = rng.random() < 0.5
+        while wanted and process.poll() is None and not writing.exists():
+            pass
+        process.kill()
+        process.communicate()
+        happened += [["working", "writing"][writing.exists()]] * (process.returncode < 0)
+        resume = ["--init_from=resume"]
+    assert run_train(*argv, f"--out_dir={tmp_path}/broken", "--init_from=resume") == 0
+    monkeypatch.undo()
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    return happened
+
+
+@pytest.mark.parametrize("options", [("--sampling=stream",), ("--sampling=random", "--gradient_accumulation_steps=2"),
+                                     ("--sampling=mixed", "--num_workers=2")])
+def test_a_killed_run_resumes_as_if_never_stopped(options, traffic, tmp_path):
+    kill_and_resume(traffic, tmp_path, options, 1, np.random.default_rng(len(options[0])))
 
 
 @soak
 def test_fifty_kills_at_random_moments_change_nothing(traffic, tmp_path):
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    rng = np.random.default_rng(0)
-    for i in range(10):
-        options = list(RESUMES.values())[i % 3]
-        kill_and_resume(traffic, tmp_path / str(i), options, 5, rng)
+    rng, happened = np.random.default_rng(0), []
+    for i, (kind, micro, workers) in enumerate(itertools.product(("stream", "random", "mixed"), (1, 2), (0, 2))):
+        options = (f"--sampling={kind}", f"--gradient_accumulation_steps={micro}", f"--num_workers={workers}")
+        happened += kill_and_resume(traffic, tmp_path / str(i), options, 4, rng)
+    happened += kill_and_resume(traffic, tmp_path / "half", ("--dtype=float16",), 4, rng)  # with a scaler
+    print(f"{len(happened)} kills, {happened.count('writing')} as a checkpoint was written")
+    assert len(happened) > 50 and happened.count("writing") > 5
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -732,12 +742,57 @@ def test_a_signal_saves_and_says_how_to_go_on(number, status, traffic, tmp_path)
     process = spawn(*argv, start_new_session=True)
     while process.poll() is None and not ((tmp_path / "log.csv").exists()):
         time.sleep(0.05)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # Ctrl-C reaches the group
+    for _ in range(1 + (number == signal.SIGTERM)):  # a job's end may reach a process twice, from torchrun as well
+        os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == status, output
     step = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
     assert step >= 1 and f"stopped at step {step}; go on: python train.py --out_dir={tmp_path} --init_from=resume" in output
     assert "Traceback" not in output
+
+
+def test_a_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint(traffic, tmp_path):
+    assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1") == 0
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    script = "import sys, time, train; train.Forward.forward = lambda *x: (print('step', flush=True), time.sleep(60)); train.main(sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", script, f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=9"],
+                               stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert "step\n" in process.stdout
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # it finishes its step
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == -signal.SIGINT and (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(traffic, tmp_path):
+    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
+    assert run_train(*argv, "--max_steps=1") == 0
+    before, limits = (tmp_path / "ckpt.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="ckpt.pt: not written .is the disk full.*intact"):
+            train.main([*argv, "--init_from=resume", "--max_steps=2", "--eval_interval=9"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert run_train(*argv, "--init_from=resume", "--max_steps=2") == 0
+
+
+def test_too_little_gpu_memory_ends_in_one_line_that_says_what_to_change(traffic, tmp_path, monkeypatch):
+    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
+    assert run_train(*argv, "--max_steps=1") == 0
+    before = (tmp_path / "ckpt.pt").read_bytes()
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(train.Forward, "forward", full)
+    with pytest.raises(ValueError, match="batch_size=2, sequence_length=3, patch_size=4, checkpointing=False; lower"):
+        train.main([*argv, "--init_from=resume", "--max_steps=2"])
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    with pytest.raises(SystemExit, match="^error: CUDA out of memory. Tried to allocate 2 GiB$"):
+        configurator.command_line(full)
 
 
 def poisoned(traffic, monkeypatch, what, steps):
@@ -801,13 +856,24 @@ def test_a_diverging_loss_or_too_much_memory_ends_the_run(traffic, tmp_path):
     ("--class_names=a,b --num_classes=3", "class"), ("--num_classes=3", "num_classes"), ("--data_dir=nowhere", "nowhere"),
     ("--weight_type=cubic", "weight_type"), ("--small_threshold=9999", "small_threshold"), ("--dtype=int8", "dtype"),
     ("--device=cuda:0", "device|CUDA"), ("--init_from=missing.pt", "missing.pt"), ("--learning_rat=1", "learning_rate"),
-    ("--size_aware_terms=iou,box", "size_aware_terms"), ("--input_hw=10,10", "input_hw"), ("--sampling=some", "sampling")])
+    ("--size_aware_terms=iou,box", "size_aware_terms"), ("--input_hw=10,10", "input_hw"), ("--sampling=some", "sampling"),
+    ("--resolution=half", "half"), ("--sampling=mixed --batch_size=1", "mixed"), ("--fpn_stages=3,2", "fpn_stages")])
 def test_what_cannot_work_fails_before_any_work(option, word, traffic, tmp_path):
     if option.startswith("--device") and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(ValueError, match=word) as error:
         train.main([*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}/out", "--max_steps=1", *option.split()])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [
+    "--sampling=strem", "--batch_size=0", "--sequence_length=0", "--seed=-1", "--zoom_in_max=0.5", "--zoom_out_max=0.9",
+    "--gradient_accumulation_steps=0", "--sampling=mixed --mixed_random=0", "--sampling=mixed --batch_size=1",
+    "--eval_interval=0", "--patch_size=5", "--fpn_stages=1,3", "--device=tpu", "--num_workers=-1", "--grad_clip_by=x"])
+def test_what_no_data_set_could_mend_fails_before_one_is_simulated(option, monkeypatch):
+    monkeypatch.setattr(train, "ensure_toy", lambda *a: pytest.fail("simulated"))
+    with pytest.raises(ValueError, match=option.split()[-1][2:].split("=")[0]):
+        train.main(option.split())
 
 
 def test_mistakes_reach_the_user_as_one_line(tmp_path):
@@ -1232,17 +1298,11 @@ def test_one_by_two_is_two_by_one_and_other_seeds_differ(toy_set):
     assert not all(same_batch(two[k], plan(toy_set, seed=1)[k]) for k in range(5))
 
 
-def test_impossible_settings_fail_in_one_line(toy_set, tmp_path):
-    for options in (dict(sampling="strem"), dict(batch_size=0), dict(sequence_length=0), dict(seed=-1),
-                    dict(zoom_in_max=0.5), dict(zoom_out_max=0.9), dict(gradient_accumulation_steps=0),
-                    dict(sampling="mixed", mixed_random=0.0), dict(sampling="mixed", batch_size=1),
-                    dict(sampling="random", sequence_length=31)):
-        with pytest.raises(ValueError) as error:
-            plan(toy_set, **options)
-        assert "\n" not in str(error.value)
+def test_nothing_to_play_is_named(toy_set, tmp_path):
     unlabelled = open_split(make_set(tmp_path, [[], []], length=3), "train")
-    with pytest.raises(ValueError, match="train.*no labelled frame"):
-        plan(unlabelled)
+    for sequences, options in ((unlabelled, {}), (toy_set, dict(sampling="random", sequence_length=31))):
+        with pytest.raises(ValueError, match="train.*no labelled frame"):
+            plan(sequences, **options)
 
 
 def test_targets_are_padded_to_a_few_sizes():
@@ -2983,10 +3043,13 @@ def test_damaged_checkpoints_are_named(tmp_path, traffic, monkeypatch):
     whole = torch.load(tmp_path / "whole" / "ckpt.pt", weights_only=True)
     monkeypatch.setattr(train, "write", lambda *a: ...)  # so that a run that goes on leaves its checkpoint as it was
 
+    def evaluate(path):
+        evaluation.main(["--ckpt", str(path), f"--data_dir={traffic}", "--num_workers=0", f"--out_dir={path.parent}/a"])
+
     def resume(path):
         run_train(f"--out_dir={path.parent}", f"--data_dir={traffic}", "--init_from=resume", "--max_steps=2", *TINY[-3:])
 
-    survive(damaged_checkpoints(np.random.default_rng(3), 80, tmp_path, whole, resume, load_detector))
+    survive(damaged_checkpoints(np.random.default_rng(3), 120, tmp_path, whole, resume, load_detector, evaluate))
 
 
 def test_damaged_rvt_checkpoints_are_named(tmp_path):

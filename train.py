@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from configurator import command_line, configure, dump, reading, require
+from configurator import command_line, configure, dump, reading, require, write
 from loss import SizeAware, detection_loss
 from model import Detector, ModelConfig, load_rvt, load_weights, read_checkpoint, reset_state
 from simulate import ensure_toy
@@ -72,16 +72,22 @@ MEMORY = "lower batch_size (and raise gradient_accumulation_steps) or sequence_l
 
 
 def check(config):
-    """ValueError for values that cannot work together, before any work is done."""
+    """ModelConfig of `config`; ValueError for values that cannot work together, before any work is done."""
     known = {"weight_type": ("exponential", "linear", "step"), "grad_clip_by": ("value", "norm"),
              "dtype": ("auto", "float32", "bfloat16", "float16"), "resolution": ("auto", "half", "full"),
+             "sampling": ("stream", "random", "mixed"),
              "size_aware_terms": (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou"))}
-    counts = ("max_steps", "max_bad_steps", "eval_batch_size", "size_aware_weight")
+    least = dict(seed=0, num_workers=0, eval_interval=1, log_interval=1, checkpoint_interval=1, max_steps=1,
+                 max_bad_steps=1, batch_size=1, sequence_length=1, gradient_accumulation_steps=1, eval_batch_size=1,
+                 zoom_in_max=1, zoom_out_max=1, size_aware_weight=1)
     for key, value in vars(config).items():
-        fine = value >= 1 if key in counts or key.endswith("_interval") else value in known.get(key, [value])
-        require(fine, f"{key}={value!r}: expected {' or '.join(map(str, known.get(key, ['at least 1'])))}")
-    small, medium = config.small_threshold, config.medium_threshold
-    require(not 0 < medium <= small, f"small_threshold={small:g}: expected less than medium_threshold={medium:g}")
+        values = known.get(key, [value])
+        require(value in values, f"{key}={value!r}: expected {' or '.join(map(str, values))}")
+        require(key not in least or value >= least[key], f"{key}={value!r}: expected at least {least.get(key)}")
+    require(not 0 < config.medium_threshold <= config.small_threshold, "small_threshold not below medium_threshold")
+    require(config.sampling != "mixed" or config.batch_size > 1 and min(config.mixed_stream, config.mixed_random) > 0,
+            "sampling='mixed' needs batch_size from 2 on, mixed_stream and mixed_random above 0")
+    return ModelConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)})
 
 
 def learning_rate_at(step, max_steps, peak):
@@ -92,16 +98,6 @@ def learning_rate_at(step, max_steps, peak):
     top = max(0.005 * max_steps - 1, 0)
     rest = max(max_steps - 1 - top, 1)
     return peak * (1 + 19 * step / top) / 20 if step < top else peak + (peak / 10_000 - peak) * (step - top) / rest
-
-
-def write(path, contents):
-    """Text, or what torch.save takes, to a temporary file, flushed and renamed: `path` is whole, old or new, always."""
-    with reading(f"{path}: not written (is the disk full?), the one before is intact"):
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(contents.encode()) if isinstance(contents, str) else torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
 
 
 def draw_curves(path, rows):
@@ -140,14 +136,13 @@ def resolve_device(config):
 def build(config, input_hw, num_classes, checkpoint):
     """Detector for the data at hand, with the weights that init_from names; `checkpoint`: what to resume, or None."""
     require(config.input_hw in ((0, 0), input_hw), f"input_hw={config.input_hw}: the data has {input_hw}; leave it out")
-    keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
-    keys |= {"input_hw": input_hw, "num_classes": num_classes}
+    shape = dataclasses.replace(check(config), input_hw=input_hw, num_classes=num_classes)
     found = checkpoint or (read_checkpoint(config.init_from) if config.init_from != "scratch" else {})
     if "state_dict" not in found:
-        model = Detector(ModelConfig(**keys))
+        model = Detector(shape)
         return load_weights(model, found["model"], config.init_from) if found else model
     told = ("input_hw", "num_classes", "partition_split", "dim_head", "checkpointing")
-    return load_rvt(config.init_from, **{key: keys[key] for key in told})
+    return load_rvt(config.init_from, **{key: getattr(shape, key) for key in told})
 
 
 def size_aware(config):
@@ -230,7 +225,6 @@ def train(config, checkpoint=None):
         if not checkpoint and os.path.exists(f"{out}/ckpt.pt"):
             os.rename(out, older := f"{out}-{time.strftime('%Y%m%d-%H%M%S')}")
             say(f"the run that was in {out} is in {older} now")
-        os.makedirs(out, exist_ok=True)
         write(f"{out}/config.py", f"# python train.py {out}/config.py\n{dump(keys)}")
     say(f"{dump(keys)}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, attention groups of "
         f"{model.config.part} at {model.config.padded_hw}, strides {model.config.strides}; {len(sequences)} sequences, "
@@ -242,16 +236,17 @@ def train(config, checkpoint=None):
         if world > 1:
             dist.all_gather_object(streams, [[s.cpu() for s in state] for state in states])
         if rank == 0:
-            write(f"{out}/{name}", dict(step=at.step, progress=vars(at), config=keys, log=rows, states=streams,
-                model=model.state_dict(), model_config=dataclasses.asdict(model.config), rng=torch.get_rng_state(),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
+            whole = dict(step=at.step, progress=vars(at), config=keys, log=rows, states=streams,
+                         model=model.state_dict(), model_config=dataclasses.asdict(model.config),
+                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
+            write(f"{out}/{name}", lambda file: torch.save(whole, file))
             draw_curves(f"{out}/curves.png", rows)
 
     stop = [0]  # the signal that asks for it
 
     def on_signal(number, frame):
         stop[0] = number
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on a Ctrl-C stops at once; SIGTERMs may come in twos
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     bar = tqdm(total=config.max_steps, initial=at.step, disable=rank > 0, unit="step", mininterval=1)
@@ -338,7 +333,8 @@ def train(config, checkpoint=None):
             if evaluate or asked or at.step % config.checkpoint_interval == 0:
                 save("ckpt.pt")
     except torch.OutOfMemoryError:
-        raise ValueError(f"step {at.step}: out of memory at batch_size={B}, sequence_length={T}; {MEMORY}") from None
+        raise ValueError(f"step {at.step}: out of memory at batch_size={B}, sequence_length={T}, patch_size="
+                         f"{config.patch_size}, checkpointing={config.checkpointing}; {MEMORY}") from None
     finally:
         bar.close()
         for number, handler in handlers.items():
