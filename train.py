@@ -308,7 +308,7 @@ def train(config, checkpoint=None):
             evaluate = at.step % config.eval_interval == 0 or at.step == config.max_steps
             if evaluate or at.step % config.log_interval == 0:
                 seconds, frames = time.perf_counter() - started, T * B * groups * world * at.count
-                means = {key: round(x / max(at.count, 1), 6) for key, x in zip(MEANS, at.sums)}
+                means = {key: round(x / at.count, 6) if at.count else "" for key, x in zip(MEANS, at.sums)}
                 row = dict(step=at.step, **means, lr=lr, AP="", AP50="", frames_per_s=round(frames / seconds, 2),
                            data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3))
                 at.sums, at.count = [0.0] * len(MEANS), 0
