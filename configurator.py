@@ -93,7 +93,7 @@ def dump(config):
 
 
 def command_line(main):
-    """Run main(argv); a user's mistake (ValueError, OSError, a full GPU) ends in one line, Ctrl-C in status 130.
+    """Run main(argv); a user's mistake (ValueError, OSError, full memory) ends in one line, Ctrl-C in status 130.
 
     NANORVT_TRACEBACK=1 shows where the mistake was found.
     """
@@ -102,7 +102,7 @@ def command_line(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        mistake = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "OutOfMemoryError"
-        if not mistake or os.environ.get("NANORVT_TRACEBACK"):
+        mistake = isinstance(error, (ValueError, OSError)) or "Memory" in repr(error)
+        if not mistake or os.getenv("NANORVT_TRACEBACK"):
             raise
         sys.exit("error: " + " ".join(str(error).split()))

@@ -387,7 +387,7 @@ def main(argv):
     path = configure(known := train.defaults | defaults, argv)["ckpt"]
     trained = {k: value_of(k, x, known, path) for k, x in read_checkpoint(path).get("config", {}).items() if k in known}
     config = SimpleNamespace(**configure(known | trained | defaults | {"out_dir": str(Path(path).parent)}, argv))
-    train.check(config)
+    reading(f"{path} or an option")(train.check)(config)
     device, dtype = train.resolve_device(config)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")

@@ -152,7 +152,7 @@ class Recording:
                 if len(t):
                     raised = np.maximum(np.maximum.accumulate(t), self.last_us if self.events else t[0])
                     gap = np.diff(raised, prepend=self.last_us if self.events else raised[0]).view(np.uint64).max()
-                    require(gap <= MAX_GAP_US, f"no events for {gap // 10**6} s: a damaged time?")
+                    require(gap <= MAX_GAP_US and raised[-1] < 2**62, f"a gap of {gap} us, or 2^62 us: a damaged time?")
                     self.backwards += int(np.count_nonzero(raised > t))
                     self.first_us = self.first_us if self.events else int(t[0])
                     self.events, self.last_us = self.events + len(t), int(raised[-1])
