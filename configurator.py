@@ -102,7 +102,6 @@ def command_line(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        mistake = isinstance(error, (ValueError, OSError)) or "Memory" in repr(error)
-        if not mistake or os.getenv("NANORVT_TRACEBACK"):
+        if os.getenv("NANORVT_TRACEBACK") or not (isinstance(error, (ValueError, OSError)) or "Memory" in repr(error)):
             raise
         sys.exit("error: " + " ".join(str(error).split()))

@@ -87,8 +87,8 @@ def assign(prediction, targets):
     pair = valid[:, None] & exists[:, :, None]
 
     iou = torch.where(pair, box_iou(box[:, :, None], take(prediction.box_cxcywh, anchor)[:, None]), 0)
-    probability = (take(prediction.cls, anchor).sigmoid()
-                   * take(prediction.obj[..., None], anchor).sigmoid()).sqrt()  # (N, U, K)
+    # (N, U, K)
+    probability = (take(prediction.cls, anchor).sigmoid() * take(prediction.obj[..., None], anchor).sigmoid()).sqrt()
     log_no, log_yes = (1 - probability).log().clamp(min=-100), probability.log().clamp(min=-100)
     label = targets[..., :1].long().expand(-1, -1, anchor.shape[1])  # (N, M, U)
     cost_cls = (log_no - log_yes).transpose(1, 2).gather(1, label) - log_no.sum(-1)[:, None]

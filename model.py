@@ -180,8 +180,7 @@ class CSP(nn.Module):
     def __init__(self, dim_in, dim_out, depth):
         super().__init__()
         half = dim_out // 2
-        self.conv1, self.conv2 = Conv(dim_in, half), Conv(dim_in, half)
-        self.conv3 = Conv(2 * half, dim_out)
+        self.conv1, self.conv2, self.conv3 = Conv(dim_in, half), Conv(dim_in, half), Conv(2 * half, dim_out)
         self.m = nn.Sequential(*[nn.Sequential(Conv(half, half), Conv(half, half, 3)) for _ in range(depth)])
 
     def forward(self, x):

@@ -725,6 +725,25 @@ def test_a_killed_run_resumes_as_if_never_stopped(options, traffic, tmp_path):
     kill_and_resume(traffic, tmp_path, options, 1, np.random.default_rng(len(options[0])))
 
 
+def test_a_run_that_ends_during_its_validation_loses_no_step(traffic, tmp_path, monkeypatch):
+    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=4", "--eval_interval=2", "--checkpoint_interval=100", "--log_interval=3"]
+    monkeypatch.setattr(train, "draw_curves", lambda *a: None)
+    assert run_train(*argv, f"--out_dir={tmp_path}/whole") == 0
+    for step, resume in ((2, ()), (4, ("--init_from=resume",))):
+
+        def dies(*args, run=evaluation.run):
+            if torch.load(tmp_path / "broken" / "ckpt.pt", weights_only=True)["step"] == step:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return run(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="out of memory.*eval_batch_size"):
+            patch.setattr(evaluation, "run", dies)
+            train.main([*argv, f"--out_dir={tmp_path}/broken", *resume])
+        assert torch.load(tmp_path / "broken" / "ckpt.pt", weights_only=True)["step"] == step
+    assert run_train(*argv, f"--out_dir={tmp_path}/broken", "--init_from=resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 @soak
 def test_fifty_kills_at_random_moments_change_nothing(traffic, tmp_path):
     rng, happened = np.random.default_rng(0), []
@@ -789,7 +808,7 @@ def test_too_little_gpu_memory_ends_in_one_line_that_says_what_to_change(traffic
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
     monkeypatch.setattr(train.Forward, "forward", full)
-    with pytest.raises(ValueError, match="batch_size=2, sequence_length=3, patch_size=4, checkpointing=False; lower"):
+    with pytest.raises(ValueError, match="B=2, T=3, config.patch_size=4, config.checkpointing=False; lower"):
         train.main([*argv, "--init_from=resume", "--max_steps=2"])
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     with pytest.raises(SystemExit, match="^error: CUDA out of memory. Tried to allocate 2 GiB$"):

@@ -68,7 +68,7 @@ defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, 
 defaults |= {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 MEANS = ("loss", "iou", "obj", "cls", "num_fg", "grad_norm")  # logged as means over an interval
-MEMORY = "lower batch_size (and raise gradient_accumulation_steps) or sequence_length, or set --checkpointing=True"
+MEMORY = "lower batch_size (raise gradient_accumulation_steps), eval_batch_size, sequence_length or set --checkpointing"
 
 
 def check(config):
@@ -230,6 +230,9 @@ def train(config, checkpoint=None):
         f"{model.config.part} at {model.config.padded_hw}, strides {model.config.strides}; {len(sequences)} sequences, "
         f"{train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
 
+    def due(interval):
+        return at.step % interval == 0 or at.step == config.max_steps
+
     def save(name):
         """Everything that the run is, gathered from all processes, written and drawn by the first."""
         streams = [states] * world
@@ -253,7 +256,27 @@ def train(config, checkpoint=None):
     started, waited, asked = time.perf_counter(), 0.0, 0.0
     model.train()
     try:
-        while (more := at.step < config.max_steps) and not asked:
+        while True:
+            if rows and (row := rows[-1])["step"] == at.step:  # which was just added, or at which the run resumes
+                if due(config.eval_interval) and row["AP"] == "" and not asked:  # else the resumed run evaluates
+                    for buffer in statistics if world > 1 else ():
+                        dist.broadcast(buffer, 0)
+                    found = evaluation.run(model, val, config.eval_batch_size, T, device, dtype, config.num_workers)
+                    scores = evaluation.score_boxes(*found, *model.config.input_hw, names)
+                    row |= {key: scores[key] for key in ("AP", "AP50")}
+                    say(f"step {at.step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (validation, class mean)")
+                    if row["AP"] > at.best:
+                        at.best = row["AP"]
+                        save("best.pt")
+                    save("ckpt.pt")
+                if rank == 0:
+                    table = (row, *map(dict.values, rows))  # a dict's keys are the header
+                    write(f"{out}/log.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
+                if logs:
+                    wandb.log({key: x for key, x in row.items() if x != ""}, step=at.step)
+                started, waited = time.perf_counter(), 0.0
+            if asked or at.step >= config.max_steps:
+                break
             optimizer.param_groups[0]["lr"] = lr = learning_rate_at(at.step, config.max_steps, config.learning_rate)
             before, states_before = [buffer.clone() for buffer in statistics], list(states)
             sums = torch.zeros(len(MEANS) + 2, device=device)  # and: NaN where states are not finite, told to stop
@@ -305,41 +328,22 @@ def train(config, checkpoint=None):
                     (0 < config.patience <= at.above, f"the loss diverged to {at.smoothed:.3g}; lower learning_rate"),
                     (0 < config.max_memory_gib < peak, f"a peak of {peak:.2f} GiB passed max_memory_gib; {MEMORY}")):
                 require(asked or not wrong, f"step {at.step}: {what}; {out}/ckpt.pt is the last good one")
-            evaluate = at.step % config.eval_interval == 0 or at.step == config.max_steps
-            if evaluate or at.step % config.log_interval == 0:
+            if due(config.log_interval) or due(config.eval_interval):
                 seconds, frames = time.perf_counter() - started, T * B * groups * world * at.count
                 means = {key: round(x / at.count, 6) if at.count else "" for key, x in zip(MEANS, at.sums)}
-                row = dict(step=at.step, **means, lr=lr, AP="", AP50="", frames_per_s=round(frames / seconds, 2),
-                           data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3))
+                rows.append(dict(step=at.step, **means, lr=lr, AP="", AP50="", frames_per_s=round(frames / seconds, 2),
+                                 data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3)))
                 at.sums, at.count = [0.0] * len(MEANS), 0
-                rows.append(row)
-                bar.set_postfix(loss=row["loss"], fps=row["frames_per_s"])
-                if evaluate:
-                    for buffer in statistics if world > 1 else ():
-                        dist.broadcast(buffer, 0)
-                    found = evaluation.run(model, val, config.eval_batch_size, T, device, dtype, config.num_workers)
-                    scores = evaluation.score_boxes(*found, *model.config.input_hw, names)
-                    row |= {key: scores[key] for key in ("AP", "AP50")}
-                    say(f"step {at.step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (validation, class mean)")
-                if rank == 0:
-                    table = [row, *(row.values() for row in rows)]  # a dict's keys are the header
-                    write(f"{out}/log.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
-                if logs:
-                    wandb.log({key: x for key, x in row.items() if x != ""}, step=at.step)
-                if evaluate and row["AP"] > at.best:
-                    at.best = row["AP"]
-                    save("best.pt")
-                started, waited = time.perf_counter(), 0.0
-            if evaluate or asked or at.step % config.checkpoint_interval == 0:
-                save("ckpt.pt")
+                bar.set_postfix(loss=means["loss"], fps=rows[-1]["frames_per_s"])
+            if asked or due(config.checkpoint_interval) or due(config.eval_interval):
+                save("ckpt.pt")  # the evaluation, for which it goes to the top, may take long or run out of memory
     except torch.OutOfMemoryError:
-        raise ValueError(f"step {at.step}: out of memory at batch_size={B}, sequence_length={T}, patch_size="
-                         f"{config.patch_size}, checkpointing={config.checkpointing}; {MEMORY}") from None
+        raise ValueError(f"out of memory at {B=}, {T=}, {config.patch_size=}, {config.checkpointing=}; {MEMORY}")
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    say(f"stopped at step {at.step}; go on: python train.py --out_dir={out} --init_from=resume" if more else
+    say(f"stopped at step {at.step}; go on: python train.py --out_dir={out} --init_from=resume" if asked else
         f"done, best AP {at.best:.4f}; see {out}/curves.png; next: python eval.py --ckpt {out}/best.pt")
     return 130 if stop[0] == signal.SIGINT else 0
 
