@@ -58,7 +58,8 @@ def value_of(key, value, defaults, where, text=False):
         if want is tuple and not isinstance(value, (tuple, list)):
             value = tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else (value,)
     value = want(value) if (type(value), want) in ((int, float), (list, tuple)) else value
-    require(type(value) is want, f"{where}: {key}={given!r} is no {want.__name__} like {defaults[key]!r}")
+    fine = type(value) is want and (want is not float or abs(value) < 1e99)
+    require(fine, f"{where}: {key}={given!r} is no {want.__name__} like {defaults[key]!r}")
     return value
 
 
@@ -101,7 +102,7 @@ def command_line(main):
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        if os.getenv("NANORVT_TRACEBACK") or not (isinstance(error, (ValueError, OSError)) or "Memory" in repr(error)):
+    except Exception as e:
+        if os.getenv("NANORVT_TRACEBACK") or not (isinstance(e, (ValueError, OSError)) or "allocate" in repr(e)):
             raise
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit("error: " + " ".join(str(e).split()))

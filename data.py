@@ -160,7 +160,7 @@ def load_classes(data_dir, class_names=(), num_classes=0):
     path, names = Path(data_dir) / "dataset.json", class_names or map(str, range(num_classes))
     with reading(path):
         names = tuple(name + "" for name in (json.loads(path.read_bytes())["classes"] if path.is_file() else names))
-        require(names and num_classes in (0, len(names)), f"{num_classes=}, but {len(names)} names: set class_names")
+        require(names and num_classes in (0, len(names)), f"{num_classes=}, {len(names)} class_names, or no data_dir")
     return names
 
 
@@ -335,8 +335,7 @@ def main(argv):
     config = configure(defaults, argv)
     root, findings, sides = Path(config["data_dir"]), [], {}
     names = load_classes(root, config["class_names"] or [""] * 2**16)  # of data sets that name none, each id is fine
-    tests = ["test"] * any((root / "test").glob("[!.]*"))
-    for part in [config["split"]] if config["split"] else ["train", "val", *tests]:
+    for part in [config["split"]] if config["split"] else ["train", "val", *["test"] * any(root.glob("test/[!.]*"))]:
         sequences = open_split(root, part, len(names), findings=findings, decode=True)
         labelled, frames = [boxes for s in sequences for boxes in s.boxes], sum(s.length for s in sequences)
         boxes, dropped = np.concatenate([np.zeros(0, BOX_DTYPE), *labelled]), sum(s.dropped for s in sequences)

@@ -16,7 +16,7 @@ from PIL import GifImagePlugin, Image, ImageDraw
 from tqdm import tqdm
 
 from configurator import command_line, configure, reading, require, write
-from data import Sequence
+from data import Sequence, load_classes
 from eval import StreamDetector, load_detector
 from model import read_checkpoint
 from prepare import WINDOW_US, Recording, histogram, windows
@@ -93,7 +93,8 @@ def main(argv):
     trained_hw = saved.get("model_config", {}).get("input_hw", (360, 640))  # RVT's do not tell
     hw, scale, total, frames = open_frames(config.recording, trained_hw, config.height, config.width)
     model = load_detector(config.ckpt, hw).to(device)
-    names = config.class_names or saved.get("config", {}).get("class_names") or [str(k) for k in range(2**10)]
+    names = config.class_names or saved.get("config", {}).get("class_names")
+    names = load_classes(config.recording, names, model.config.num_classes)
     detector = StreamDetector(model, dtype, confidence=config.confidence, score="obj*cls")
     part = Path(config.out).with_name(f".partial-{Path(config.out).name}")
     part.parent.mkdir(parents=True, exist_ok=True)

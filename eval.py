@@ -394,7 +394,8 @@ def main(argv):
     names = load_classes(config.data_dir, config.class_names, config.num_classes)
     sequences = open_split(config.data_dir, config.split, len(names), config.resolution)
     model = load_detector(path, sequences[0].hw, config.partition_split, config.dim_head).to(device)
-    load_classes(config.data_dir, names, model.config.num_classes)  # ValueError where the data has others
+    own = (tuple(trained.get("class_names", names)), model.config.num_classes)
+    require(own == (names, len(names)), f"{path} is for {own[1]} classes, {own[0]}, but {config.data_dir} has {names}")
     options = {key: getattr(config, key) for key in ("num_workers", "confidence", "nms_iou", "score")}
     labels, found = run(model, sequences, config.eval_batch_size, config.sequence_length, device, dtype, **options)
     if dist.is_initialized() and dist.get_rank():
@@ -404,7 +405,7 @@ def main(argv):
         detector(sequences[0].read(t, t + 1)[0])
     settings = {k: getattr(config, k) for k in ("data_dir", "sequence_length", *defaults)} | {"speed": detector.speed()}
     result = report(labels, found, *sequences[0].hw, names, strides=model.config.strides, **settings)
-    path = Path(config.json or Path(config.out_dir, "eval", "report.json"))
+    path = Path(config.json or Path(config.out_dir, "eval", "report")).with_suffix(".json")
     write(path, jsonlib.dumps(result, indent=1) + "\n")
     pictures(path.with_suffix(".png"), result, sequences, labels, found, names)
     print(compare([path]), f"written: {path} and .png", sep="\n")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 LEVELS = 4  # at most; a pyramid with fewer leaves the others without cells
-SizeAware = namedtuple("SizeAware", "kind weight small medium terms")
+SizeAware = namedtuple("SizeAware", "weight_type size_aware_weight small_threshold medium_threshold size_aware_terms")
 Assignment = namedtuple("Assignment", "anchor matched box iou")
 
 
@@ -116,7 +116,7 @@ def detection_loss(prediction, targets, size_aware=None):
 
     prediction: box_cxcywh (N, A, 4) pixels, obj (N, A) and cls (N, A, K) logits, grid (A, 3)
     targets (N, M, 5): class, cx, cy, w, h in pixels; rows of zeros are padding
-    size_aware: None, or SizeAware(kind, weight, small, medium, terms), terms out of "iou" and "cls"
+    size_aware: None, or SizeAware(type, weight, small, medium, terms), terms out of "iou" and "cls"
     -> dict of scalars: loss = iou + obj + cls, each summed and divided by the matched anchors F of the batch;
     num_fg = F per box, for the log. Without any box F is 1 and only the objectness is trained.
     Weights act on the IoU term ("iou") and on a focal class term in place of the plain one ("cls").
@@ -135,8 +135,8 @@ def detection_loss(prediction, targets, size_aware=None):
         cls = F.binary_cross_entropy_with_logits(logits, onehot * found.iou[..., None], reduction="none").sum(-1)
         if size_aware is not None:
             weight = size_weights(target[..., 3] * target[..., 4], *size_aware[:4])
-            iou = weight * iou if "iou" in size_aware.terms else iou
-            cls = weight * focal_loss(logits, onehot).sum(-1) if "cls" in size_aware.terms else cls
+            iou = weight * iou if "iou" in size_aware.size_aware_terms else iou
+            cls = weight * focal_loss(logits, onehot).sum(-1) if "cls" in size_aware.size_aware_terms else cls
         # duplicates of an anchor are unmatched and add nothing
         matched = torch.zeros_like(prediction.obj).scatter_add(1, found.anchor, found.matched.float())
         terms = dict(iou=5 * torch.where(found.matched, iou, 0).sum() / F_matched,

@@ -43,7 +43,7 @@ class ModelConfig:
     checkpointing: bool = False         # recompute activations in the backward pass: less memory, more time
 
     def __post_init__(self):
-        self.input_hw, self.fpn_stages = tuple(self.input_hw), tuple(self.fpn_stages)
+        self.input_hw, self.fpn_stages = tuple(map(int, self.input_hw)), tuple(self.fpn_stages)
         if self.fpn_stages not in [tuple(range(low, high)) for low in (1, 2, 3) for high in range(low + 2, 6)]:
             raise ValueError(f"fpn_stages={self.fpn_stages}: expected 2 to 4 neighbours, finest first, like (2, 3, 4)")
         if self.patch_size not in (2, 3, 4) or self.partition_split < 0:
@@ -419,8 +419,8 @@ RVT_NAMES = [(r"backbone.|downsample_cf2cl.|self_attn.", ""), (r"att_blocks.0.at
 
 def load_weights(model, weights, where):
     """Copy a state dict into `model`; ValueError names what is missing, left over or of another shape."""
-    own, given = ({key: tuple(x.shape) if torch.is_tensor(x) and x.layout == torch.strided else type(x)
-                   for key, x in found.items()} for found in (model.state_dict(), weights))
+    own, given = ({k: tuple(x.shape) if torch.is_tensor(x) and x.layout == torch.strided and not x.is_meta else type(x)
+                   for k, x in found.items()} for found in (model.state_dict(), weights))
     wrong = sorted(f"{key} is {given.get(key, 'missing')}, expected {own.get(key, 'nothing')}"
                    for key in own.keys() | given.keys() if own.get(key) != given.get(key))
     require(not wrong, f"{where}: {len(wrong)} weights do not fit this architecture: {'; '.join(wrong[:3])}")

@@ -375,8 +375,8 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     for outcome, line, size in tqdm(run_jobs(prepare_sequence, jobs, num_workers), "prepare", len(jobs), unit="seq"):
         lines.setdefault(outcome, []).append(line)
         before |= zip(("height", "width"), size)
+        write(path, json.dumps(before))
         tqdm.write(f"{outcome}: {line}")
-    write(path, json.dumps(before))
     shutil.rmtree(Path(dst, ".partial"))
     failed = lines.pop("failed")
     require(not failed, f"{len(failed)} of {len(jobs)} failed, the others are in {dst}: {''.join(failed[:1])}")

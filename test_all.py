@@ -527,7 +527,7 @@ def test_loss_terms_equal_their_formulas_written_out():
     assert float(got["loss"]) == pytest.approx((want["iou"] + want["cls"]) / F_ + obj, rel=1e-5)
     assert float(weighted["iou"]) == pytest.approx(want["iou_w"] / F_, rel=1e-5)
     assert float(weighted["cls"]) == pytest.approx(want["cls_w"] / F_, rel=1e-5)
-    only = detection_loss(prediction, targets, aware._replace(terms=("iou",)))
+    only = detection_loss(prediction, targets, aware._replace(size_aware_terms=("iou",)))
     assert torch.equal(only["cls"], got["cls"]) and torch.equal(only["iou"], weighted["iou"])
 
 
@@ -775,7 +775,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, status, traffic, tmp_path)
 
 def test_a_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint(traffic, tmp_path):
     assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1") == 0
-    before = (tmp_path / "ckpt.pt").read_bytes()
+    before = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
     script = "import sys, time, train; train.Forward.forward = lambda *x: (print('step', flush=True), time.sleep(60)); train.main(sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", script, f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=9"],
                                stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -784,7 +784,8 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint(traffic, tmp_pa
     time.sleep(0.5)
     assert process.poll() is None  # it finishes its step
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == -signal.SIGINT and (tmp_path / "ckpt.pt").read_bytes() == before
+    assert process.wait(timeout=5) == -signal.SIGINT
+    assert_same(before, torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"])
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(traffic, tmp_path):
@@ -804,7 +805,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(traffic, tmp_path):
 def test_too_little_gpu_memory_ends_in_one_line_that_says_what_to_change(traffic, tmp_path, monkeypatch):
     argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
     assert run_train(*argv, "--max_steps=1") == 0
-    before = (tmp_path / "ckpt.pt").read_bytes()
+    before = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
 
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
@@ -812,7 +813,7 @@ def test_too_little_gpu_memory_ends_in_one_line_that_says_what_to_change(traffic
     monkeypatch.setattr(train.Forward, "forward", full)
     with pytest.raises(ValueError, match="B=2, T=3, config.patch_size=4, config.checkpointing=False; lower"):
         train.main([*argv, "--init_from=resume", "--max_steps=2"])
-    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert_same(before, torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"])
     with pytest.raises(SystemExit, match="^error: CUDA out of memory. Tried to allocate 2 GiB$"):
         configurator.command_line(full)
 
@@ -870,7 +871,41 @@ def test_a_diverging_loss_or_too_much_memory_ends_the_run(traffic, tmp_path):
     with pytest.raises(ValueError, match="passed max_memory_gib.*checkpointing"):
         train.main([*argv, "--max_memory_gib=0.01"])
     with pytest.raises(ValueError, match="diverged"):
-        train.main([*argv, "--max_loss_ratio=0.5", "--patience=3"])
+        train.main([*argv, "--max_loss_ratio=0.5", "--patience=3", "--checkpoint_interval=1"])
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["progress"]["above"] == 0  # from before it did
+
+
+def test_a_run_has_a_checkpoint_from_its_start_and_goes_on_where_its_folder_was_moved_to(traffic, tmp_path, monkeypatch):
+    argv, out = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}/a/"], tmp_path / "b"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="out of memory"):
+        patch.setattr(train.Forward, "forward", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        train.main(argv)
+    assert run_train(f"--out_dir={tmp_path}/a", "--init_from=resume", "--max_steps=1") == 0
+    assert run_train(*argv, "--max_steps=1") == 0  # moves the older one aside, whatever slash there is
+    assert len(list(tmp_path.glob("a-*/ckpt.pt"))) == 1
+    (tmp_path / "a").rename(out)
+    assert run_train(f"--out_dir={out}", "--init_from=resume", "--max_steps=2") == 0
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 2 and not (tmp_path / "a").exists()
+    assert "init_from = 'scratch'" in (out / "config.py").read_text()
+
+
+@pytest.mark.parametrize("moment", [torch.zeros(7), torch.zeros(1), torch.zeros(1).expand(64)])
+def test_moments_of_another_shape_in_a_checkpoint_cannot_crash_the_optimizer(moment, traffic, tmp_path):
+    assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1") == 0
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    for state in checkpoint["optimizer"]["state"].values():
+        state["exp_avg"] = moment if moment.numel() < 64 else moment[:1].expand(state["exp_avg"].shape)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with contextlib.suppress(ValueError):  # in one line, or as if they had been of this shape
+        run_train(f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=2")
+
+
+def test_a_validation_set_of_another_size_is_named_before_training(traffic, tmp_path):
+    shutil.copytree(Path(traffic) / "train", tmp_path / "train")
+    shutil.copy(Path(traffic) / "dataset.json", tmp_path)
+    make_set(tmp_path, [[3]], "val", 5)
+    with pytest.raises(ValueError, match="val.*frames of"):
+        train.main([*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out"])
 
 
 @pytest.mark.parametrize("option, word", [
@@ -891,7 +926,8 @@ def test_what_cannot_work_fails_before_any_work(option, word, traffic, tmp_path)
 @pytest.mark.parametrize("option", [
     "--sampling=strem", "--batch_size=0", "--sequence_length=0", "--seed=-1", "--zoom_in_max=0.5", "--zoom_out_max=0.9",
     "--gradient_accumulation_steps=0", "--sampling=mixed --mixed_random=0", "--sampling=mixed --batch_size=1",
-    "--eval_interval=0", "--patch_size=5", "--fpn_stages=1,3", "--device=tpu", "--num_workers=-1", "--grad_clip_by=x"])
+    "--eval_interval=0", "--patch_size=5", "--fpn_stages=1,3", "--device=tpu", "--num_workers=-1", "--grad_clip_by=x",
+    "--device=", "--device=cpu:x", "--dtype=int8", "--grad_clip=-1", "--learning_rate=1e999", "--fpn_depth=nan"])
 def test_what_no_data_set_could_mend_fails_before_one_is_simulated(option, monkeypatch):
     monkeypatch.setattr(train, "ensure_toy", lambda *a: pytest.fail("simulated"))
     with pytest.raises(ValueError, match=option.split()[-1][2:].split("=")[0]):
@@ -954,7 +990,7 @@ def torchrun(*argv, start=subprocess.run, **options):
 def test_two_processes_train_evaluate_stop_at_one_step_by_sigterm_and_resume(traffic, tmp_path):
     argv = ["train.py", *TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--log_interval=1", "--eval_interval=2"]
     process = torchrun(*argv, start=subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while process.poll() is None and not (tmp_path / "ckpt.pt").exists():
+    while process.poll() is None and not (tmp_path / "best.pt").exists():
         time.sleep(0.05)
     process.terminate()
     output, _ = process.communicate(timeout=60)
@@ -2722,8 +2758,13 @@ def test_eval_from_a_checkpoint_alone(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"score obj\*cls, not cls"):
         evaluation.main(["--compare", str(tmp_path / "run/eval/report.json"), str(tmp_path / "other.json")])
     other = write_prepared(tmp_path / "three", classes=NAMES[:3])
-    with pytest.raises(ValueError, match="num_classes=4, but 3"):
+    with pytest.raises(ValueError, match="num_classes=4, 3 class_names"):
         evaluation.main([f"--ckpt={ckpt}", f"--data_dir={other}"])
+    with pytest.raises(ValueError, match="ckpt.pt is for 4 classes"):
+        evaluation.main([f"--ckpt={ckpt}", f"--data_dir={write_prepared(tmp_path / 'turned', classes=NAMES[::-1])}"])
+    for option in ("--score=objectness", "--dtype=int8", "--confidence=-1"):
+        with pytest.raises(ValueError, match=option[2:].split("=")[0]):
+            evaluation.main([f"--ckpt={ckpt}", option])
     for words, message in ((["--ckpt=nowhere.pt"], "nowhere.pt: no such"), ([f"--ckpt={data / 'dataset.json'}"], "not a checkpoint"),
                            ([f"--ckpt={ckpt}", "--spilt=val"], "did you mean split"), ([f"--ckpt={ckpt}", "--split=val"], "val")):
         with pytest.raises(ValueError, match=message):
@@ -2773,6 +2814,9 @@ def test_demo_writes_video_and_boxes(tmp_path, checkpoint, capsys):
     assert len(np.unique(boxes["t"])) == 10 and np.ptp(boxes["t"]) == 450_000 and boxes["class_confidence"].min() >= 0.01
     assert "ms a frame" in capsys.readouterr().out
     assert not list(tmp_path.rglob(".partial*"))
+    for option in ("--class_names=a,b", "--dtype=int8"):
+        with pytest.raises(ValueError, match=option[2:].split("=")[0]):
+            demo.main([f"--ckpt={checkpoint}", f"--recording={recording}", f"--out={tmp_path / 'e.gif'}", "--device=cpu", option])
 
 
 def test_demo_of_a_prepared_sequence_and_of_mp4(tmp_path, checkpoint):

@@ -73,17 +73,15 @@ MEMORY = "lower batch_size (raise gradient_accumulation_steps), eval_batch_size,
 
 def check(config):
     """ModelConfig of `config`; ValueError for values that cannot work together, before any work is done."""
-    known = {"weight_type": ("exponential", "linear", "step"), "grad_clip_by": ("value", "norm"),
-             "dtype": ("auto", "float32", "bfloat16", "float16"), "resolution": ("auto", "half", "full"),
-             "sampling": ("stream", "random", "mixed"),
+    known = {"weight_type": ("exponential", "linear", "step"), "sampling": ("stream", "random", "mixed"),
+             "grad_clip_by": ("value", "norm"), "resolution": ("auto", "half", "full"), "score": ("cls", "obj*cls"),
              "size_aware_terms": (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou"))}
-    least = dict(seed=0, num_workers=0, eval_interval=1, log_interval=1, checkpoint_interval=1, max_steps=1,
-                 max_bad_steps=1, batch_size=1, sequence_length=1, gradient_accumulation_steps=1, eval_batch_size=1,
-                 zoom_in_max=1, zoom_out_max=1, size_aware_weight=1)
+    ones = ("max_steps max_bad_steps steps eval_interval log_interval checkpoint_interval batch_size eval_batch_size "
+            "sequence_length gradient_accumulation_steps zoom_in_max zoom_out_max size_aware_weight").split()
     for key, value in vars(config).items():
-        values = known.get(key, [value])
-        require(value in values, f"{key}={value!r}: expected {' or '.join(map(str, values))}")
-        require(key not in least or value >= least[key], f"{key}={value!r}: expected at least {least.get(key)}")
+        require(value in known.get(key, [value]), f"{key}={value!r}: expected one of {known.get(key)}")
+        least = int(key in ones)  # no number is negative
+        require(isinstance(value, (str, tuple)) or value >= least, f"{key}={value}: expected at least {least}")
     require(not 0 < config.medium_threshold <= config.small_threshold, "small_threshold not below medium_threshold")
     require(config.sampling != "mixed" or config.batch_size > 1 and min(config.mixed_stream, config.mixed_random) > 0,
             "sampling='mixed' needs batch_size from 2 on, mixed_stream and mixed_random above 0")
@@ -116,21 +114,20 @@ def draw_curves(path, rows):
 
 def peak_gib(device):
     """Peak memory so far: what the allocator held on a GPU, the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20))
 
 
 def resolve_device(config):
     """(device, dtype) of config's "auto"; ValueError where the machine has no such device."""
-    cuda, index = torch.cuda.is_available(), os.environ.get("LOCAL_RANK")
-    name = config.device.replace("auto", "cuda" if cuda else "cpu")
-    require(name.partition(":")[0] in ("cpu", "cuda"[:4 * cuda]),
-            f"device={config.device!r}: expected auto, cpu or, where machine and torch have CUDA, cuda")
-    device, dtype = torch.device(f"cuda:{index}" if name == "cuda" and index else name), torch.float32
-    if device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    return device, dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    name, dtypes = config.device.replace("auto", devices[0]), ["float32", "bfloat16", "float16"]
+    require(name in devices and config.dtype in ("auto", *dtypes),
+            f"device={config.device!r}, dtype={config.dtype!r}: here are auto, {', '.join(devices + dtypes)}")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    # bfloat16 from Ampere on, where it is fast
+    auto = "float32" if device.type == "cpu" else dtypes[1 + (torch.cuda.get_device_capability(device)[0] < 8)]
+    return device, getattr(torch, config.dtype.replace("auto", auto))
 
 
 def build(config, input_hw, num_classes, checkpoint):
@@ -147,8 +144,7 @@ def build(config, input_hw, num_classes, checkpoint):
 
 def size_aware(config):
     """What detection_loss wants to know of the size-aware loss; None where it is off."""
-    return SizeAware(config.weight_type, config.size_aware_weight, config.small_threshold, config.medium_threshold,
-                     config.size_aware_terms) if config.size_aware_loss else None
+    return SizeAware(*(getattr(config, key) for key in SizeAware._fields)) if config.size_aware_loss else None
 
 
 class Forward(torch.nn.Module):
@@ -170,7 +166,8 @@ def train(config, checkpoint=None):
     """
     check(config)
     device, dtype = resolve_device(config)
-    out, cuda, keys = config.out_dir, device.type == "cuda", vars(config)  # keys follow what config is set to
+    # keys follow what config is set to
+    out, cuda, keys = os.path.normpath(config.out_dir), device.type == "cuda", vars(config)
     rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if cuda:
         torch.cuda.set_device(device)
@@ -186,10 +183,10 @@ def train(config, checkpoint=None):
         dist.barrier()
     names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
     sequences, val = (data.open_split(config.data_dir, s, len(names), config.resolution) for s in ("train", "val"))
+    require(sequences[0].hw == val[0].hw, f"{val[0].path}: frames of {val[0].hw}, in train of {sequences[0].hw}")
     if not min(config.small_threshold, config.medium_threshold):
         for key, tercile in zip(("small_threshold", "medium_threshold"), data.size_thresholds(sequences)):
             setattr(config, key, getattr(config, key) or tercile)
-        check(config)
     groups, B, T = config.gradient_accumulation_steps, config.batch_size, config.sequence_length
     train_data = data.TrainData(sequences, rank=rank, world_size=world, pin_memory=cuda, **{
         key: getattr(config, key) for key in inspect.signature(data.TrainData).parameters if hasattr(config, key)})
@@ -206,12 +203,14 @@ def train(config, checkpoint=None):
 
     # where the run stands
     rows, states = [], [model.initial_state(B) for _ in range(groups)]
-    at = dict(step=0, best=-1.0, bad=0, smoothed=0.0, lowest=math.inf, above=0, sums=[0.0] * len(MEANS), count=0)
+    at = dict(step=0, best=-2.0, bad=0, smoothed=0.0, lowest=math.inf, above=0, sums=[0.0] * len(MEANS), count=0)
     at = SimpleNamespace(**checkpoint["progress"] if checkpoint else at)
     loader = data.make_loader(train_data.__getitem__, at.step * groups, config.num_workers)
     if checkpoint:
         torch.set_rng_state(checkpoint["rng"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for p, s in optimizer.state.items():  # its kernel trusts shapes and strides
+            s |= {key: torch.empty_like(p).copy_(s[key]) for key in ("exp_avg", "exp_avg_sq")}
         scaler.load_state_dict(checkpoint["scaler"])
         rows, streams = checkpoint["log"], checkpoint["states"]
         had, now = (len(streams), len(streams[0]), len(streams[0][0][0])), (world, groups, B)
@@ -234,11 +233,14 @@ def train(config, checkpoint=None):
         return at.step % interval == 0 or at.step == config.max_steps
 
     def save(name):
-        """Everything that the run is, gathered from all processes, written and drawn by the first."""
+        """Everything that the run is, gathered from all processes, written and drawn by the first.
+
+        While the loss diverges, ckpt.pt stays as it was before.
+        """
         streams = [states] * world
         if world > 1:
             dist.all_gather_object(streams, [[s.cpu() for s in state] for state in states])
-        if rank == 0:
+        if rank == 0 and (not at.above or asked or name == "best.pt" or at.step == config.max_steps):
             whole = dict(step=at.step, progress=vars(at), config=keys, log=rows, states=streams,
                          model=model.state_dict(), model_config=dataclasses.asdict(model.config),
                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
@@ -253,10 +255,12 @@ def train(config, checkpoint=None):
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     bar = tqdm(total=config.max_steps, initial=at.step, disable=rank > 0, unit="step", mininterval=1)
-    started, waited, asked = time.perf_counter(), 0.0, 0.0
+    started, waited, since, asked = time.perf_counter(), 0.0, at.step, 0.0
     model.train()
     try:
         while True:
+            if asked or due(config.checkpoint_interval) or due(config.eval_interval):
+                save("ckpt.pt")  # at step 0, too, and before evaluating, which may take long or run out of memory
             if rows and (row := rows[-1])["step"] == at.step:  # which was just added, or at which the run resumes
                 if due(config.eval_interval) and row["AP"] == "" and not asked:  # else the resumed run evaluates
                     for buffer in statistics if world > 1 else ():
@@ -274,7 +278,7 @@ def train(config, checkpoint=None):
                     write(f"{out}/log.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
                 if logs:
                     wandb.log({key: x for key, x in row.items() if x != ""}, step=at.step)
-                started, waited = time.perf_counter(), 0.0
+                started, waited, since = time.perf_counter(), 0.0, at.step
             if asked or at.step >= config.max_steps:
                 break
             optimizer.param_groups[0]["lr"] = lr = learning_rate_at(at.step, config.max_steps, config.learning_rate)
@@ -329,14 +333,12 @@ def train(config, checkpoint=None):
                     (0 < config.max_memory_gib < peak, f"a peak of {peak:.2f} GiB passed max_memory_gib; {MEMORY}")):
                 require(asked or not wrong, f"step {at.step}: {what}; {out}/ckpt.pt is the last good one")
             if due(config.log_interval) or due(config.eval_interval):
-                seconds, frames = time.perf_counter() - started, T * B * groups * world * at.count
+                seconds, frames = time.perf_counter() - started, T * B * groups * world * (at.step - since)
                 means = {key: round(x / at.count, 6) if at.count else "" for key, x in zip(MEANS, at.sums)}
                 rows.append(dict(step=at.step, **means, lr=lr, AP="", AP50="", frames_per_s=round(frames / seconds, 2),
                                  data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3)))
                 at.sums, at.count = [0.0] * len(MEANS), 0
                 bar.set_postfix(loss=means["loss"], fps=rows[-1]["frames_per_s"])
-            if asked or due(config.checkpoint_interval) or due(config.eval_interval):
-                save("ckpt.pt")  # the evaluation, for which it goes to the top, may take long or run out of memory
     except torch.OutOfMemoryError:
         raise ValueError(f"out of memory at {B=}, {T=}, {config.patch_size=}, {config.checkpointing=}; {MEMORY}")
     finally:
@@ -355,7 +357,9 @@ def main(argv):
         checkpoint = read_checkpoint(path)
         require("progress" in checkpoint, f"{path}: weights without a training state; start with --init_from={path}")
         with reading(f"{path}, resumed"):  # what a damaged state raises, here or at its first step
-            sys.exit(train(SimpleNamespace(**configure(defaults | checkpoint["config"], argv)), checkpoint))
+            saved = defaults | checkpoint["config"] | {"out_dir": config["out_dir"]}
+            # init_from: config.py starts anew what this run goes on with
+            sys.exit(train(SimpleNamespace(**configure(saved, argv) | {"init_from": saved["init_from"]}), checkpoint))
     sys.exit(train(SimpleNamespace(**config)))
 
 
