@@ -160,7 +160,7 @@ def load_classes(data_dir, class_names=(), num_classes=0):
     path, names = Path(data_dir) / "dataset.json", class_names or map(str, range(num_classes))
     with reading(path):
         names = tuple(name + "" for name in (json.loads(path.read_bytes())["classes"] if path.is_file() else names))
-        require(names and num_classes in (0, len(names)), f"{num_classes=}, {len(names)} class_names, or no data_dir")
+        require(names and num_classes in (0, len(names)), f"{len(names)} class_names, {num_classes=}; wrong data_dir?")
     return names
 
 

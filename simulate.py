@@ -214,8 +214,8 @@ def simulate_sequence(job):
 def simulate(dst, num_workers=0, **changes):
     """Simulate all recordings below dst; changes are this file's options. ValueError names a bad option."""
     options = SimpleNamespace(**defaults | changes | {"dst": dst})
-    if min(options.height, options.width) < 16 or not 0 < options.sizes[0] < options.sizes[1] or options.seconds < 0.2:
-        raise ValueError(f"{options}: expected height and width from 16, ascending sizes above 0, seconds from 0.2")
+    if min(options.height, options.width) < 16 or not 0 < options.sizes[0] < options.sizes[-1] or options.seconds < 0.2:
+        raise ValueError(f"sizes={options.sizes}: expected two ascending ones; height, width from 16, seconds from 0.2")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of new processes: their matrices are small, threads only fight
     jobs = [(path, k, i, options) for k, split in enumerate(("train", "val", "test"))
             for i in range(getattr(options, split)) if not (path := Path(dst, split, f"{split}_{i:04}_td.h5")).exists()]

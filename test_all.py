@@ -2758,7 +2758,7 @@ def test_eval_from_a_checkpoint_alone(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"score obj\*cls, not cls"):
         evaluation.main(["--compare", str(tmp_path / "run/eval/report.json"), str(tmp_path / "other.json")])
     other = write_prepared(tmp_path / "three", classes=NAMES[:3])
-    with pytest.raises(ValueError, match="num_classes=4, 3 class_names"):
+    with pytest.raises(ValueError, match="3 class_names, num_classes=4"):
         evaluation.main([f"--ckpt={ckpt}", f"--data_dir={other}"])
     with pytest.raises(ValueError, match="ckpt.pt is for 4 classes"):
         evaluation.main([f"--ckpt={ckpt}", f"--data_dir={write_prepared(tmp_path / 'turned', classes=NAMES[::-1])}"])
