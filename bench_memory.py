@@ -87,7 +87,7 @@ def main(argv):
     device, dtype = train.resolve_device(config)
     config.init_from, config.num_classes = "scratch", config.num_classes or len(config.class_names) or 8
     config.input_hw = config.input_hw if any(config.input_hw) else (360, 640)
-    config.small_threshold, config.medium_threshold = config.small_threshold or 1.0, config.medium_threshold or 2.0
+    config.small_threshold, config.medium_threshold = config.small_threshold or 1.0, config.medium_threshold or 1e9
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     keys = ("input_hw", "sequence_length", "patch_size", "fpn_stages", "steps", "boxes", "budget_gib")
     facts = {key: getattr(config, key) for key in keys} | dict(device=name, torch=torch.__version__, dtype=str(dtype))

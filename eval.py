@@ -33,7 +33,7 @@ score = "cls"             # detections rank by: cls (p_cls, as in RVT) or obj*cl
 confidence = 0.001        # detections below this p_obj * p_cls are dropped
 nms_iou = 0.45            # of two detections of a class that overlap more, the worse is dropped
 small_classes = ("pedestrian", "two-wheeler", "bicycle", "motorbike", "wheelchair")  # those there are get a mean
-json = ""                 # path of the report; empty: out_dir/eval/report.json
+json = ""                 # path of the report (.json is added); empty: out_dir/eval/report.json
 dtype = "float32"         # float32, bfloat16 or float16
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
@@ -405,7 +405,7 @@ def main(argv):
         detector(sequences[0].read(t, t + 1)[0])
     settings = {k: getattr(config, k) for k in ("data_dir", "sequence_length", *defaults)} | {"speed": detector.speed()}
     result = report(labels, found, *sequences[0].hw, names, strides=model.config.strides, **settings)
-    path = Path(config.json or Path(config.out_dir, "eval", "report")).with_suffix(".json")
+    path = Path((config.json or f"{config.out_dir}/eval/report").removesuffix(".json") + ".json")
     write(path, jsonlib.dumps(result, indent=1) + "\n")
     pictures(path.with_suffix(".png"), result, sequences, labels, found, names)
     print(compare([path]), f"written: {path} and .png", sep="\n")

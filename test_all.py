@@ -889,6 +889,19 @@ def test_a_run_has_a_checkpoint_from_its_start_and_goes_on_where_its_folder_was_
     assert "init_from = 'scratch'" in (out / "config.py").read_text()
 
 
+def test_a_run_resumes_with_what_was_changed(traffic, tmp_path):
+    argv = [f"--out_dir={tmp_path}", "--init_from=resume"]
+    assert run_train(*TINY, f"--data_dir={traffic}", *argv[:1], "--max_steps=3", "--max_loss_ratio=0.5", "--patience=0") == 0
+    before = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert before["progress"]["above"] > 0 and any(s.any() for s in before["states"][0][0])
+    assert run_train(*argv, "--max_steps=4", "--weight_decay=0.5") == 0
+    assert run_train(*argv, "--sequence_length=2") == 0  # the slots are somewhere else now
+    after = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert after["optimizer"]["param_groups"][0]["weight_decay"] == 0.5 and not any(s.any() for s in after["states"][0][0])
+    with pytest.raises(ValueError, match="batch_size.*scratch"):
+        train.main([*argv, "--batch_size=1"])
+
+
 @pytest.mark.parametrize("moment", [torch.zeros(7), torch.zeros(1), torch.zeros(1).expand(64)])
 def test_moments_of_another_shape_in_a_checkpoint_cannot_crash_the_optimizer(moment, traffic, tmp_path):
     assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1") == 0
@@ -2753,10 +2766,10 @@ def test_eval_from_a_checkpoint_alone(tmp_path, capsys):
     assert speed["ms_median"] > 0 and "CPU" in speed["device"]
     assert speed["frames_per_s"] == pytest.approx(1000 / speed["ms_median"], abs=0.06)
     assert all(protocol in text for protocol in result["rows"])
-    evaluation.main([f"--ckpt={ckpt}", "--device=cpu", f"--json={tmp_path / 'other.json'}", "--score=obj*cls", "--num_classes", "4"])
-    assert (tmp_path / "other.png").exists() and json.loads((tmp_path / "other.json").read_text())["settings"]["score"] == "obj*cls"
+    evaluation.main([f"--ckpt={ckpt}", "--device=cpu", f"--json={tmp_path / 'lr0.1'}", "--score=obj*cls", "--num_classes", "4"])
+    assert (tmp_path / "lr0.1.png").exists() and json.loads((tmp_path / "lr0.1.json").read_text())["settings"]["score"] == "obj*cls"
     with pytest.raises(ValueError, match=r"score obj\*cls, not cls"):
-        evaluation.main(["--compare", str(tmp_path / "run/eval/report.json"), str(tmp_path / "other.json")])
+        evaluation.main(["--compare", str(tmp_path / "run/eval/report.json"), str(tmp_path / "lr0.1.json")])
     other = write_prepared(tmp_path / "three", classes=NAMES[:3])
     with pytest.raises(ValueError, match="3 class_names, num_classes=4"):
         evaluation.main([f"--ckpt={ckpt}", f"--data_dir={other}"])

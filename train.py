@@ -80,9 +80,10 @@ def check(config):
             "sequence_length gradient_accumulation_steps zoom_in_max zoom_out_max size_aware_weight").split()
     for key, value in vars(config).items():
         require(value in known.get(key, [value]), f"{key}={value!r}: expected one of {known.get(key)}")
-        least = int(key in ones)  # no number is negative
-        require(isinstance(value, (str, tuple)) or value >= least, f"{key}={value}: expected at least {least}")
-    require(not 0 < config.medium_threshold <= config.small_threshold, "small_threshold not below medium_threshold")
+        # no number is negative
+        require(isinstance(value, (str, tuple)) or value >= (key in ones), f"{key}={value}: below {key in ones:d}")
+    require(not 0 < config.medium_threshold <= config.small_threshold,
+            f"small_threshold={config.small_threshold:g}: not below medium_threshold={config.medium_threshold:g}")
     require(config.sampling != "mixed" or config.batch_size > 1 and min(config.mixed_stream, config.mixed_random) > 0,
             "sampling='mixed' needs batch_size from 2 on, mixed_stream and mixed_random above 0")
     return ModelConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)})
@@ -122,12 +123,12 @@ def resolve_device(config):
     """(device, dtype) of config's "auto"; ValueError where the machine has no such device."""
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     name, dtypes = config.device.replace("auto", devices[0]), ["float32", "bfloat16", "float16"]
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     require(name in devices and config.dtype in ("auto", *dtypes),
             f"device={config.device!r}, dtype={config.dtype!r}: here are auto, {', '.join(devices + dtypes)}")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     # bfloat16 from Ampere on, where it is fast
-    auto = "float32" if device.type == "cpu" else dtypes[1 + (torch.cuda.get_device_capability(device)[0] < 8)]
-    return device, getattr(torch, config.dtype.replace("auto", auto))
+    auto = "float32" if name == "cpu" else dtypes[1 + (torch.cuda.get_device_capability(name)[0] < 8)]
+    return torch.device(name), getattr(torch, config.dtype.replace("auto", auto))
 
 
 def build(config, input_hw, num_classes, checkpoint):
@@ -136,8 +137,7 @@ def build(config, input_hw, num_classes, checkpoint):
     shape = dataclasses.replace(check(config), input_hw=input_hw, num_classes=num_classes)
     found = checkpoint or (read_checkpoint(config.init_from) if config.init_from != "scratch" else {})
     if "state_dict" not in found:
-        model = Detector(shape)
-        return load_weights(model, found["model"], config.init_from) if found else model
+        return load_weights(Detector(shape), found["model"], config.init_from) if found else Detector(shape)
     told = ("input_hw", "num_classes", "partition_split", "dim_head", "checkpointing")
     return load_rvt(config.init_from, **{key: getattr(shape, key) for key in told})
 
@@ -209,13 +209,15 @@ def train(config, checkpoint=None):
     if checkpoint:
         torch.set_rng_state(checkpoint["rng"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["weight_decay"] = config.weight_decay
         for p, s in optimizer.state.items():  # its kernel trusts shapes and strides
             s |= {key: torch.empty_like(p).copy_(s[key]) for key in ("exp_avg", "exp_avg_sq")}
         scaler.load_state_dict(checkpoint["scaler"])
         rows, streams = checkpoint["log"], checkpoint["states"]
         had, now = (len(streams), len(streams[0]), len(streams[0][0][0])), (world, groups, B)
-        require(had == now, f"resume: processes, accumulation and batch_size: {had}, now {now}")
-        states = [[s.to(device) for s in state] for state in streams[rank]]
+        require(had == now, f"resume: processes, accumulation, batch_size: {had}, now {now}; or --init_from=scratch")
+        # with another T, a slot is somewhere else
+        states = [[s.to(device) * (T == checkpoint["config"]["sequence_length"]) for s in x] for x in streams[rank]]
     if logs := rank == 0 and config.wandb_log:
         with reading("wandb_log=True needs: pip install wandb"):
             import wandb
@@ -235,12 +237,12 @@ def train(config, checkpoint=None):
     def save(name):
         """Everything that the run is, gathered from all processes, written and drawn by the first.
 
-        While the loss diverges, ckpt.pt stays as it was before.
+        While the loss diverges, ckpt.pt stays as it was before, but for a signal and the last step.
         """
         streams = [states] * world
         if world > 1:
             dist.all_gather_object(streams, [[s.cpu() for s in state] for state in states])
-        if rank == 0 and (not at.above or asked or name == "best.pt" or at.step == config.max_steps):
+        if rank == 0 and (not at.above * config.patience or asked or name == "best.pt" or at.step == config.max_steps):
             whole = dict(step=at.step, progress=vars(at), config=keys, log=rows, states=streams,
                          model=model.state_dict(), model_config=dataclasses.asdict(model.config),
                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
@@ -347,7 +349,7 @@ def train(config, checkpoint=None):
             signal.signal(number, handler)
     say(f"stopped at step {at.step}; go on: python train.py --out_dir={out} --init_from=resume" if asked else
         f"done, best AP {at.best:.4f}; see {out}/curves.png; next: python eval.py --ckpt {out}/best.pt")
-    return 130 if stop[0] == signal.SIGINT else 0
+    return 130 if asked and stop[0] == signal.SIGINT else 0
 
 
 def main(argv):
