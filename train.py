@@ -247,7 +247,7 @@ def train(config, checkpoint=None):
                          model=model.state_dict(), model_config=dataclasses.asdict(model.config),
                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
             write(f"{out}/{name}", lambda file: torch.save(whole, file))
-            draw_curves(f"{out}/curves.png", rows)
+            draw_curves(f"{out}/curves.png", rows) if rows else None
 
     stop = [0]  # the signal that asks for it
 
