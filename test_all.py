@@ -362,7 +362,7 @@ def test_model_config_names_what_cannot_work():
     for changes, word in ((dict(fpn_stages=(2, 4)), "fpn_stages"), (dict(fpn_stages=(3, 2)), "fpn_stages"),
                           (dict(fpn_stages=(4,)), "fpn_stages"), (dict(patch_size=5), "patch_size"),
                           (dict(embed_dim=20), "embed_dim"), (dict(dim_head=24), "dim_head"),
-                          (dict(partition_split=-1), "partition_split")):
+                          (dict(partition_split=-1), "partition_split"), (dict(partition_split=100), "partition_split")):
         with pytest.raises(ValueError, match=word):
             ModelConfig(**changes)
     with pytest.raises(ValueError, match="48x64.*|built for"):
