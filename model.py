@@ -47,7 +47,7 @@ class ModelConfig:
         if self.fpn_stages not in [tuple(range(low, high)) for low in (1, 2, 3) for high in range(low + 2, 6)]:
             raise ValueError(f"fpn_stages={self.fpn_stages}: expected 2 to 4 neighbours, finest first, like (2, 3, 4)")
         if self.patch_size not in (2, 3, 4) or self.partition_split not in range(100):
-            raise ValueError(f"patch_size={self.patch_size} not 2, 3, 4 or partition_split={self.partition_split} not 0..99")
+            raise ValueError(f"patch_size={self.patch_size}: 2, 3, 4; partition_split={self.partition_split}: 0 to 99")
         if self.embed_dim < 8 or self.embed_dim % 8 or self.dim_head < 1 or self.embed_dim % self.dim_head:
             raise ValueError(f"embed_dim={self.embed_dim}: expected a multiple of 8 and of dim_head={self.dim_head}")
         self.strides = tuple(self.patch_size * 2 ** (k - 1) for k in self.fpn_stages)  # of the pyramid's levels
