@@ -8,7 +8,7 @@ PY = .venv/bin/python
 	touch $@
 
 .venv/tests: .venv/done  # the tests also read vendor formats and write mp4
-	$(PY) -m pip install --quiet --disable-pip-version-check pytest==9.2.0 faery==0.7.1 imageio-ffmpeg==0.8.1
+	$(PY) -m pip install --quiet --disable-pip-version-check pytest==9.2.0 pytest-xdist==3.8.0 faery==0.7.1 imageio-ffmpeg==0.8.1
 	touch $@
 
 .PHONY: train test soak
@@ -17,8 +17,8 @@ train: .venv/done
 	$(PY) eval.py --ckpt out_toy/best.pt --split=test
 	@echo "Look at out_toy/curves.png and out_toy/eval/. Next: README.md, 'Your own data', or change a line in configs/toy.py."
 
-test: .venv/tests
-	$(PY) -m pytest -q -rs test_all.py
+test: .venv/tests  # one thread each: two torch processes with more of them slow each other down
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n 2 --dist worksteal test_all.py
 
 soak: .venv/tests
 	SOAK=1 $(PY) -m pytest -q -rs test_all.py -k 'fifty or twenty_thousand'
