@@ -1,4 +1,5 @@
-# make train: environment, simulated recordings, training, evaluation, pictures. make test: the tests. make soak: the long ones.
+# make train: environment, simulated recordings, training, evaluation, pictures
+# make test: the tests; make soak: the long ones
 PYTHON ?= python3
 PY = .venv/bin/python
 
@@ -8,7 +9,8 @@ PY = .venv/bin/python
 	touch $@
 
 .venv/tests: .venv/done  # the tests also read vendor formats and write mp4
-	$(PY) -m pip install --quiet --disable-pip-version-check pytest==9.2.0 pytest-xdist==3.8.0 faery==0.7.1 imageio-ffmpeg==0.8.1
+	$(PY) -m pip install --quiet --disable-pip-version-check pytest==9.2.0 pytest-xdist==3.8.0 faery==0.7.1 \
+		imageio-ffmpeg==0.8.1
 	touch $@
 
 .PHONY: train test soak
