@@ -339,12 +339,11 @@ def test_recomputation_changes_memory_only(changes):
     assert kept[1] < 0.5 * kept[0]
 
 
-@pytest.mark.parametrize("changes", [dict(checkpointing=True), dict(small_object_attention=True)])
+@pytest.mark.parametrize("changes", [dict(), dict(checkpointing=True), dict(small_object_attention=True)])
 def test_forward_and_loss_are_one_graph_that_does_not_recompile(changes):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    model = tiny_detector(fpn_stages=(2, 3), **changes).train()  # few stages: tracing is slow
-    module = train.Forward(model, SizeAware("exponential", 2.0, 256, 1024, ("iou", "cls")))
+    module = train.Forward(tiny_detector(**changes).train(), SizeAware("exponential", 2.0, 256, 1024, ("iou", "cls")))
     plain, compiled = copy.deepcopy(module), torch.compile(module, backend=counter, fullgraph=True)
     events, state = random_events(3, 2, 20, 48, 64), module.model.initial_state(2)
     for N, M in ((2, 16), (4, 16), (6, 32), (3, 16)):
@@ -709,7 +708,7 @@ def kill_and_resume(traffic, tmp_path, options, kills, rng):
         before = ready.stat().st_mtime if ready.exists() else 0
         writing.unlink(missing_ok=True)
         while process.poll() is None and not (ready.exists() and ready.stat().st_mtime > before):
-            time.sleep(0.01)  # the first step of this life
+            time.sleep(0.01)  # the first checkpoint of this life
         time.sleep(rng.random())
         wanted = rng.random() < 0.5
         while wanted and process.poll() is None and not writing.exists():
