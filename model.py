@@ -124,9 +124,10 @@ class LSTMCell(nn.Module):
         self.gates = nn.Linear(2 * dim, 4 * dim)
 
     def forward(self, x, h, c):
-        f, i, o, g = self.gates(torch.cat((x, h), dim=-1)).chunk(4, dim=-1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return (o.sigmoid() * c.tanh()).to(o.dtype), c
+        mix, g = self.gates(torch.cat((x, h), dim=-1)).split((3 * x.shape[-1], x.shape[-1]), dim=-1)
+        f, i, o = mix.sigmoid().chunk(3, dim=-1)
+        c = f * c + i * g.tanh()
+        return (o * c.tanh()).to(mix.dtype), c
 
 
 class Stage(nn.Module):
@@ -382,8 +383,7 @@ class Detector(nn.Module):
         features = [f if frames is None else f.index_select(0, frames) for f in features]
         features = features if config.small_object_attention else self.fpn(features)
         out = torch.cat([head(f) for head, f in zip(self.heads, features)], dim=1).float()  # (N, A, 4 + 1 + K)
-        stride = self.grid[:, 2:]
-        box = torch.cat(((out[..., :2] + self.grid[:, :2]) * stride, out[..., 2:4].exp() * stride), dim=-1)
+        box = torch.cat((out[..., :2] + self.grid[:, :2], out[..., 2:4].exp()), dim=-1) * self.grid[:, 2:]
         return Prediction(box, out[..., 4], out[..., 5:], self.grid), following
 
 
