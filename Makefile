@@ -20,7 +20,7 @@ train: .venv/done
 	@echo "Look at out_toy/curves.png and out_toy/eval/. Next: README.md, 'Your own data', or change a line in configs/toy.py."
 
 test: .venv/tests  # one thread each: two torch processes with more of them slow each other down
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n 2 --dist worksteal test_all.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n 2 --dist worksteal test_*.py
 
 soak: .venv/tests
-	SOAK=1 $(PY) -m pytest -q -rs test_all.py -k 'fifty or twenty_thousand'
+	SOAK=1 $(PY) -m pytest -q -rs test_*.py -k 'fifty or twenty_thousand'

@@ -12,36 +12,9 @@ import difflib
 import os
 import runpy
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
-
-def require(fine, what):
-    """ValueError(what) unless `fine`."""
-    if not fine:
-        raise ValueError(what)
-
-
-@contextmanager
-def reading(what):
-    """Whatever is raised inside, by libraries for damaged files say, becomes a ValueError of one line about `what`."""
-    try:
-        yield
-    except Exception as error:  # numpy, zipfile, zlib, json and h5py raise a dozen kinds
-        raise ValueError(f"{what}: {' '.join(str(error).split()) or repr(error)}") from error
-
-
-def write(path, contents):
-    """Text, or what contents(file) writes, to a temporary file, flushed and renamed: `path` is whole, old or new.
-
-    Its folder is made if need be. ValueError if it cannot be written.
-    """
-    with reading(f"{path}: not written (is the disk full?), the one before is intact"):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(contents.encode()) if isinstance(contents, str) else contents(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
+from formats import reading, require
 
 
 def value_of(key, value, defaults, where, text=False):

@@ -22,8 +22,9 @@ from numcodecs import blosc as blosc1
 from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading, require
-from prepare import LABEL as BOX_DTYPE
+from configurator import command_line, configure
+from formats import BOX_DTYPE, CHANNELS, FILES, REPRESENTATION, reading, require
+from pictures import draw_box_sizes
 
 data_dir = "datasets/toy"  # a prepared data set; the first word of the command line may name it instead
 split = ""  # train, val or test; empty: all three
@@ -31,9 +32,6 @@ class_names = ()  # names by class id, for data sets without a dataset.json
 picture = "out/box_sizes.png"  # histogram of box sizes; empty: none
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
-REPRESENTATION = "event_representations_v2/stacked_histogram_dt=50_nbins=10"
-FILES = {"half": "event_representations_ds2_nearest.h5", "full": "event_representations.h5"}
-CHANNELS = 20  # polarity * 10 + time bin
 
 # One micro-batch; T time steps, B slots, N frames with labels.
 #   events (T, B, 20, H, W) uint8 as stored, zeros where a run has ended; rows (B, H), cols (B, W) int64, for augment
@@ -347,14 +345,7 @@ def main(argv):
             print(f"{k:4} {names[k]:20}", *np.histogram(sides[part][ids == k], (0, 16, 32, 96, np.inf))[0], sep="\t")
         findings += [f"{root / part}: no boxes, nothing to train on"] if part == "train" and not labelled else []
     if config["picture"] and any(map(len, sides.values())):
-        from matplotlib.figure import Figure  # here, for training does without
-
-        axes = Figure(layout="constrained").subplots()
-        axes.hist(list(sides.values()), bins=60, histtype="step", label=list(sides))
-        axes.set(xlabel="sqrt(box area), pixels", ylabel="boxes", xticks=(16, 32, 96, 192), yscale="log")
-        axes.legend()
-        Path(config["picture"]).parent.mkdir(parents=True, exist_ok=True)
-        axes.figure.savefig(config["picture"])
+        draw_box_sizes(config["picture"], sides)
     print("".join(f"FINDING: {finding}\n" for finding in findings), end="")
     require(not findings, f"{root}: training would fail, findings: {len(findings)}")
 

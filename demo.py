@@ -12,14 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import GifImagePlugin, Image, ImageDraw
+from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading, require, write
+from checkpoint import load_detector, read_checkpoint
+from configurator import command_line, configure
 from data import Sequence, load_classes
-from eval import StreamDetector, load_detector
-from model import read_checkpoint
-from prepare import WINDOW_US, Recording, histogram, windows
+from detect import StreamDetector
+from formats import WINDOW_US, histogram, reading, require, write
+from pictures import draw
+from prepare import Recording, windows
 from train import resolve_device
 
 # Of train.py or RVT; .h5 .hdf5 .dat .raw .evt2 .evt3 ..., or the folder of a prepared sequence; video, .gif or .mp4, in
@@ -28,29 +30,6 @@ ckpt, recording, out, boxes = "out/ckpt.pt", "", "out/demo.gif", ""
 confidence, height, width = 0.3, 0, 0  # least p_obj * p_cls, the score in video and file; px, if a recording tells none
 class_names, device, dtype = (), "auto", "float32"  # for checkpoints without names; also cpu, cuda:1; bfloat16, float16
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
-
-BACKGROUND, COLOURS = (20, 22, 28), ((90, 150, 255), (255, 140, 40))  # of negative and of positive events
-PALETTE = ("#f2d16b", "#7be08a", "#e58af2", "#6bdcf2", "#f28a8a", "#b3f26b", "#8a9df2", "#f2a76b")  # of classes
-
-
-def draw(events, detections, class_names, truth=()):
-    """Picture (PIL, RGB) of a frame: negative events blue, positive orange, detections in class colours, labels white.
-
-    events (20, H, W) uint8; detections, truth: boxes in its pixels. Small frames are enlarged, to 480 px at least.
-    """
-    H, W = events.shape[1:]
-    scale = -(-480 // W)
-    counts = events.reshape(2, 10, H, W).sum(1).clip(0, 4)[..., None] / 4
-    pixels = BACKGROUND + sum(count * np.subtract(colour, BACKGROUND) for count, colour in zip(counts, COLOURS))
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((W * scale, H * scale), Image.NEAREST)
-    canvas = ImageDraw.Draw(image)
-    for k, (_, x, y, w, h, kind, _, score) in enumerate(box.tolist() for box in (*truth, *detections)):
-        edges = np.clip(np.nan_to_num([x, y, x + w, y + h]) * scale, 0, (W * scale - 1, H * scale - 1) * 2).tolist()
-        colour = PALETTE[kind % len(PALETTE)] if k >= len(truth) else "white"
-        text = f"{class_names[kind]} {score:.2f}" if k >= len(truth) else ""
-        canvas.rectangle(edges, outline=colour, width=2 if k >= len(truth) else 1)
-        canvas.text((edges[0], max(edges[1] - 13, 0)), text, colour, stroke_width=2, stroke_fill=BACKGROUND)
-    return image
 
 
 def open_frames(path, input_hw, height=0, width=0):

@@ -22,7 +22,8 @@ import hdf5plugin
 import numpy as np
 from tqdm import tqdm
 
-from configurator import command_line, configure, reading, require, write
+from configurator import command_line, configure
+from formats import BINS, BOX_DTYPE, WINDOW_US, histogram, reading, require, write
 
 src, dst = "datasets/raw", "datasets/prepared"  # raw recordings in folders train, val, test; what they are made into
 # etram | gen4 | gen1 | own: what follows is the data set's where it is left empty; names of class ids 0, 1, ..., own
@@ -42,10 +43,8 @@ DATASETS = {  # grid_us: step between labelled frames; 0: the whole number of la
     "own": (0, 0, "none", "none", 0, []),
 }
 CHOICES = dict(dataset=DATASETS, box_filter=("none", "sides5", "prophesee"), downsample=("none", "nearest", "sum"))
-LABEL = np.dtype([*zip("t x y w h class_id track_id class_confidence".split(), "i8 f4 f4 f4 f4 u4 u4 f4".split())])
-# Time bins a polarity; largest count stored; length of a window; earliest labelled frame; how far off the grid of
-# labels a label may be.
-BINS, MAX_COUNT, WINDOW_US, FIRST_LABEL_US, JITTER_US = 10, 10, 50_000, 100_000, 2_000
+# Earliest labelled frame; how far off the grid of labels a label may be.
+FIRST_LABEL_US, JITTER_US = 100_000, 2_000
 # A clock that starts later is not filled with windows from 0 on; without events for longer a time is damaged, for
 # sensors are noisy; 14 hours.
 MAX_LEAD_US, MAX_GAP_US, MAX_WINDOWS = 10_000_000, 600_000_000, 10**6
@@ -179,40 +178,18 @@ def windows(recording, ends_us=None):
         yield tuple(column[first:last] for column in events)
 
 
-def histogram(t, x, y, p, height, width, downsample="none"):
-    """Stacked histogram of a window: uint8 (2 * BINS, H, W), channel = polarity * BINS + time bin, counts to MAX_COUNT.
-
-    t (n,) us ascending, x, y (n,) px, p (n,) on where above 0. Time bins span first to last event of the window, before
-    any downsampling; "nearest" keeps odd rows and columns (nearest-exact), "sum" adds 2x2 pixels; both halve H and W,
-    rounded down. Bins are RVT's to the bit, hence float32; it counts in uint8 and wraps at 256, this saturates.
-    No events: zeros.
-    """
-    half = int(downsample != "none")
-    H, W = height >> half, width >> half
-    counts = np.zeros((2 * BINS, H, W), np.uint8)
-    start, end = t[:1].sum(), t[-1:].sum()  # 0 where there are no events
-    if half:
-        keep = np.flatnonzero(x & y & 1 if downsample == "nearest" else (x < 2 * W) & (y < 2 * H))
-        t, x, y, p = t[keep], x[keep] >> 1, y[keep] >> 1, p[keep]
-    time_bin = np.minimum((t - start).astype(np.float32) / float(max(end - start, 1)) * BINS, BINS - 1).astype("i4")
-    # Most pixels are empty, so that sorting is faster than np.bincount.
-    index, number = np.unique(((time_bin + (p > 0) * np.int32(BINS)) * H + y) * W + x, return_counts=True)
-    counts.reshape(-1)[index] = np.minimum(number, MAX_COUNT)
-    return counts
-
-
 # ---- labels
 
 def read_labels(path):
-    """Labels (L,) of LABEL in order of time; older files call `t` and `class_confidence` `ts` and `confidence`.
+    """Labels (L,) of BOX_DTYPE in order of time; older files call `t` and `class_confidence` `ts` and `confidence`.
 
     track_id and confidence are 1 where absent. ValueError names the file: unreadable, other fields missing.
     """
     with reading(path), np.errstate(invalid="ignore"):
         stored = np.load(path, allow_pickle=False).ravel()
         stored.dtype.names = [{"ts": "t", "confidence": "class_confidence"}.get(n, n) for n in stored.dtype.names]
-        boxes = np.ones(len(stored), LABEL)
-        for name in set(LABEL.names) - {"track_id", "class_confidence"}.difference(stored.dtype.names):
+        boxes = np.ones(len(stored), BOX_DTYPE)
+        for name in set(BOX_DTYPE.names) - {"track_id", "class_confidence"}.difference(stored.dtype.names):
             boxes[name] = stored[name]
         return boxes[np.argsort(boxes["t"], kind="stable")]
 
@@ -270,7 +247,7 @@ def window_ends(frames, spacing_us, first_us):
 def write_sequence(folder, recording, ends, frames, boxes, downsample):
     """Write a prepared sequence into a new folder; returns {what: number} about it.
 
-    ends (N,) us of windows, None: as many as the recording has; frames (M,) us of labelled frames; boxes (L,) of LABEL.
+    ends (N,) us of windows, None: as many as the recording has; frames (M,) us of labelled frames; boxes (L,) of BOX_DTYPE.
     """
     target, labels = folder / "event_representations_v2" / f"stacked_histogram_dt=50_nbins={BINS}", folder / "labels_v2"
     target.mkdir(parents=True)
@@ -304,7 +281,7 @@ def prepare_sequence(job):
     try:
         recording = Recording(files["events"], options.height, options.width)
         size = recording.height, recording.width
-        boxes = read_labels(files["labels"]) if "labels" in files else np.zeros(0, LABEL)
+        boxes = read_labels(files["labels"]) if "labels" in files else np.zeros(0, BOX_DTYPE)
         boxes, found = filter_boxes(boxes, *size, len(options.class_names), options.box_filter, split == "train")
         frames, spacing_us = label_frames(np.unique(boxes["t"]), options.grid_us)
         next(recording.chunks(), None)  # tells when it starts

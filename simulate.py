@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import command_line, configure
-from prepare import LABEL, prepare, run_jobs
+from formats import BOX_DTYPE
+from prepare import prepare, run_jobs
 
 dst, seed, num_workers = "datasets/traffic_raw", 0, 2  # processes, 0: all in this one; the data do not depend on them
 train, val, test = 30, 8, 8  # recordings a split
@@ -134,7 +135,7 @@ def render(scene, things, step):
 
 
 def labels_at(things, step, owner, options):
-    """Yield labels of the road users in view as tuples of LABEL's fields: whole boxes cropped to the frame.
+    """Yield labels of the road users in view as tuples of BOX_DTYPE's fields: whole boxes cropped to the frame.
 
     Left out: what is hidden or out of view by more than 1 - MIN_VISIBLE, too small, or has not moved yet (it never
     caused an event, so that no detector can know of it).
@@ -207,7 +208,7 @@ def simulate_sequence(job):
         file["events/height"], file["events/width"] = H, W
         for key, x in dict(t=t, x=(where % W).astype("u2"), y=(where // W).astype("u2"), p=p.astype("u1")).items():
             file.create_dataset(f"events/{key}", data=x, shuffle=True, compression="lzf")
-    np.save(str(path).replace("_td.h5", "_bbox.npy"), np.array(labels, LABEL))
+    np.save(str(path).replace("_td.h5", "_bbox.npy"), np.array(labels, BOX_DTYPE))
     path.with_suffix(".part").replace(path)
 
 

@@ -23,10 +23,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-import eval as evaluation
-from configurator import command_line, configure, dump, reading, require, write
+import detect
+from checkpoint import load_rvt, load_weights, read_checkpoint
+from configurator import command_line, configure, dump
+from formats import reading, require, write
 from loss import SizeAware, detection_loss
-from model import Detector, ModelConfig, load_rvt, load_weights, read_checkpoint, reset_state
+from model import Detector, ModelConfig, reset_state
+from pictures import draw_curves
 from simulate import ensure_toy
 
 # ---- files
@@ -97,20 +100,6 @@ def learning_rate_at(step, max_steps, peak):
     top = max(0.005 * max_steps - 1, 0)
     rest = max(max_steps - 1 - top, 1)
     return peak * (1 + 19 * step / top) / 20 if step < top else peak + (peak / 10_000 - peak) * (step - top) / rest
-
-
-def draw_curves(path, rows):
-    """Losses, validation scores and the health of the run over the steps of the log's `rows`, as a picture."""
-    from matplotlib.figure import Figure
-    panels = {"training loss": MEANS[:4], "validation, class mean, all boxes": ("AP", "AP50"),
-              "gradient norm, matched anchors per box": ("grad_norm", "num_fg")}
-    figure = Figure((15, 4), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items()):
-        for key in keys:
-            axes.plot(*([row[x] for row in rows if row[key] != ""] for x in ("step", key)), ".-", label=key)
-        axes.set(title=title, xlabel="step", yscale="linear" if "AP" in keys else "log")
-        axes.legend()
-    figure.savefig(path, dpi=80)
 
 
 def peak_gib(device):
@@ -267,8 +256,8 @@ def train(config, checkpoint=None):
                 if due(config.eval_interval) and row["AP"] == "" and not asked:  # else the resumed run evaluates
                     for buffer in statistics if world > 1 else ():
                         dist.broadcast(buffer, 0)
-                    found = evaluation.run(model, val, config.eval_batch_size, T, device, dtype, config.num_workers)
-                    scores = evaluation.score_boxes(*found, *model.config.input_hw, names)
+                    found = detect.run(model, val, config.eval_batch_size, T, device, dtype, config.num_workers)
+                    scores = detect.score_boxes(*found, *model.config.input_hw, names)
                     row |= {key: scores[key] for key in ("AP", "AP50")}
                     say(f"step {at.step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (validation, class mean)")
                     if row["AP"] > at.best:
