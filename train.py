@@ -1,15 +1,18 @@
 """Train a detector: one loop that reads from top to bottom.
 
-In: a config (the globals below and ModelConfig's fields, overridden by a Python file and --key=value) and a prepared
-data set. Out, in out_dir: ckpt.pt (last), best.pt (best validation AP), log.csv, curves.png, config.py (run it again).
+In: a prepared data set, and a config: the keys below and those of ModelConfig, Augmentation and
+SizeAware, overridden by a Python file and --key=value. Out, in out_dir: ckpt.pt (last), best.pt
+(best validation AP), log.csv, curves.png, config.py (run it again).
 
     python train.py configs/toy.py                                   one process
     torchrun --nproc_per_node=2 train.py configs/baseline_3scale.py  data parallel, also over nodes
     python train.py --out_dir=out --init_from=resume                 go on as if never stopped
 """
 
+import csv
+import ctypes
 import dataclasses
-import inspect
+import io
 import math
 import os
 import resource
@@ -20,338 +23,589 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import detect
-from checkpoint import load_rvt, load_weights, read_checkpoint
-from configurator import command_line, configure, dump
-from formats import reading, require, write
+from checkpoint import load_weights, read_checkpoint, read_weights
+from configurator import command_line, configure, dump, literals
+from data import Augmentation, TrainData
+from formats import reading, write
 from loss import SizeAware, detection_loss
 from model import Detector, ModelConfig, reset_state
 from pictures import draw_curves
 from simulate import ensure_toy
 
 # ---- files
-out_dir, init_from = "out", "scratch"  # the run's; scratch | resume (out_dir/ckpt.pt) | a path to weights, ours or RVT
-data_dir = "datasets/toy"           # a prepared data set; the default is simulated at first use
-resolution, class_names = "auto", ()  # auto (half where the set has it) | half | full; by id, if it has no dataset.json
-# ---- what a batch is
-sampling, mixed_stream, mixed_random = "stream", 1.0, 1.0  # stream | random | mixed; slots of a mixed batch, by kind
-sequence_length = 5                 # T, frames of 50 ms per training step (truncated back-propagation)
-batch_size, eval_batch_size = 6, 2  # B, streams in a micro-batch of one process; streams in a batch of the validation
-gradient_accumulation_steps = 1     # micro-batches in a step, each a group of streams with states of its own
-num_workers = 4                     # threads that load ahead; 0: load when a step needs it
-# probability of a horizontal flip, that a run is zoomed out, and that a random window is zoomed, in or out
-flip, zoom_stream, zoom_random = 0.5, 0.5, 0.8
-zoom_in_share, zoom_in_max, zoom_out_max = 0.8, 1.5, 1.2  # share of zooms of a window that go in; factors: 1 to these
-# ---- size-aware loss
-size_aware_loss, size_aware_weight = False, 2.0  # on or off; weight of the smallest boxes
-small_threshold, medium_threshold = 1024.0, 9216.0  # areas in input pixels^2; 0: a tercile of the data set's
-# exponential | linear | step; what is weighted: iou, cls (a focal class term), or both
-weight_type, size_aware_terms = "exponential", ("iou",)
+out_dir = "out"                  # gets ckpt.pt, best.pt, log.csv, curves.png, config.py
+init_from = "scratch"            # scratch | resume (out_dir/ckpt.pt) | checkpoint, ours or RVT's
+data_dir = "datasets/toy"        # a prepared data set; the default is simulated at first use
+class_names = ()                 # by class id, where the data set has no dataset.json
+# ---- batches
+sampling = "stream"              # stream | random | mixed
+mixed_stream = 1.0               # slots of a mixed batch that stream ...
+mixed_random = 1.0               # ... to those that play random windows
+sequence_length = 5              # T, frames of 50 ms in a step (truncated back-propagation)
+batch_size = 6                   # B, streams in a micro-batch of one process
+gradient_accumulation_steps = 1  # micro-batches in a step, each a group of streams of its own
+eval_batch_size = 2              # streams in a batch of the validation
+num_workers = 4                  # threads that load ahead; 0: load when a step needs it
 # ---- optimiser
-max_steps, learning_rate, weight_decay = 100_000, 1.7e-4, 0.0  # the rate is its peak: RVT's 2e-4 * sqrt(batch / 8)
-grad_clip, grad_clip_by = 1.0, "value"  # value (RVT) | norm; 0: off
+max_steps = 100_000
+learning_rate = 1.7e-4           # its peak: RVT's 2e-4 * sqrt(batch / 8)
+weight_decay = 0.0
+grad_clip = 1.0                  # 0: off
+grad_clip_by = "value"           # value (RVT) | norm
 # ---- intervals, in steps
-eval_interval, log_interval, checkpoint_interval = 3500, 100, 1000
+log_interval = 100
+eval_interval = 3500
+checkpoint_interval = 1000
+# ---- when to give up
+max_bad_steps = 20               # steps in a row that are not finite; each is skipped
+max_loss_ratio = 10.0            # of the smoothed loss to its minimum, that may be passed ...
+patience = 1000                  # ... for so many steps in a row; 0: for ever
+max_memory_gib = 0.0             # peak of the GPU's allocator, on a CPU of the process; 0: any
 # ---- machine
 seed = 0
-# device: auto | cpu | cuda | cuda:1; dtype: auto | float32 | bfloat16 | float16, auto is bfloat16 on a GPU that is fast
-# in it, else float16, and float32 on a CPU; compile: torch.compile, on CUDA only
-device, dtype, compile = "auto", "auto", True
-max_memory_gib = 0.0                # stop when the peak (GPU allocator; on a CPU the process) passes this; 0: never
-# ---- when to give up: after so many steps in a row with a non-finite loss or gradient (each is skipped), or with a
-# smoothed loss above max_loss_ratio times its minimum (0 steps: never)
-max_bad_steps, max_loss_ratio, patience = 20, 10.0, 1000
-# ---- Weights & Biases, optional: on or off, and what its run belongs to
-wandb_log, wandb_project, wandb_group, wandb_run_name = False, "nanorvt", "", "run"
+device = "auto"                  # auto | cpu | cuda | cuda:1
+dtype = "auto"                   # auto | float32 | bfloat16 | float16; on a CPU auto is float32
+compile = True                   # torch.compile, on CUDA only
+# ---- Weights & Biases, optional
+wandb_log = False
+wandb_project = "nanorvt"
+wandb_group = ""
+wandb_run_name = "run"
 
-defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
-defaults |= {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+defaults = literals(globals())
+PARTS = (ModelConfig, Augmentation, SizeAware)  # their fields are config keys, too
+for part in PARTS:
+    defaults |= {field.name: field.default for field in dataclasses.fields(part)}
 
-MEANS = ("loss", "iou", "obj", "cls", "num_fg", "grad_norm")  # logged as means over an interval
-MEMORY = "lower batch_size (raise gradient_accumulation_steps), eval_batch_size, sequence_length or set --checkpointing"
+CLIP = {"value": torch.nn.utils.clip_grad_value_, "norm": torch.nn.utils.clip_grad_norm_}
+CHOICES = {
+    "sampling": ("stream", "random", "mixed"),
+    "grad_clip_by": CLIP,
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+COUNTS = ("sequence_length", "batch_size", "gradient_accumulation_steps", "eval_batch_size",
+          "max_steps", "log_interval", "eval_interval", "checkpoint_interval", "max_bad_steps")
+# what a slot plays depends on these
+PLAN = ("data_dir", "sampling", "sequence_length", "batch_size", "gradient_accumulation_steps",
+        "seed")
+LOWER_RATE = "lower learning_rate; the checkpoints in out_dir are older and whole"
+LESS_MEMORY = ("lower batch_size (raise gradient_accumulation_steps), eval_batch_size or "
+               "sequence_length, or set --checkpointing")
+
+
+# ---- set up
+
+def fields_of(kind, config):
+    """The dataclass `kind`, one of PARTS, with its fields out of `config`."""
+    return kind(**{field.name: getattr(config, field.name) for field in dataclasses.fields(kind)})
 
 
 def check(config):
-    """ModelConfig of `config`; ValueError for values that cannot work together, before any work is done."""
-    known = {"weight_type": ("exponential", "linear", "step"), "sampling": ("stream", "random", "mixed"),
-             "grad_clip_by": ("value", "norm"), "resolution": ("auto", "half", "full"), "score": ("cls", "obj*cls"),
-             "size_aware_terms": (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou"))}
-    ones = ("max_steps max_bad_steps steps eval_interval log_interval checkpoint_interval batch_size eval_batch_size "
-            "sequence_length gradient_accumulation_steps zoom_in_max zoom_out_max size_aware_weight").split()
+    """ValueError for values that cannot work, alone or together, before any work is done."""
+    for key, choices in CHOICES.items():
+        if getattr(config, key) not in choices:
+            raise ValueError(f"{key}={getattr(config, key)!r}: expected {' or '.join(choices)}")
     for key, value in vars(config).items():
-        require(value in known.get(key, [value]), f"{key}={value!r}: expected one of {known.get(key)}")
-        # no number is negative
-        require(isinstance(value, (str, tuple)) or value >= (key in ones), f"{key}={value}: below {key in ones:d}")
-    require(not 0 < config.medium_threshold <= config.small_threshold,
-            f"small_threshold={config.small_threshold:g}: not below medium_threshold={config.medium_threshold:g}")
-    require(config.sampling != "mixed" or config.batch_size > 1 and min(config.mixed_stream, config.mixed_random) > 0,
-            "sampling='mixed' needs batch_size from 2 on, mixed_stream and mixed_random above 0")
-    return ModelConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)})
+        least = 1 if key in COUNTS else 0
+        if isinstance(value, (int, float)) and value < least:
+            raise ValueError(f"{key}={value}: below {least}")
+    if config.sampling == "mixed" and config.batch_size < 2:
+        raise ValueError("sampling='mixed' needs batch_size from 2 on")
+    if config.sampling == "mixed" and not (config.mixed_stream and config.mixed_random):
+        raise ValueError("sampling='mixed' needs mixed_stream and mixed_random above 0")
+    for kind in PARTS:
+        fields_of(kind, config)
 
 
-def learning_rate_at(step, max_steps, peak):
-    """One cycle, linear: from peak / 20 up over the first 0.5% of the steps, then down to peak / 10000.
+def reuse_memory():
+    """Let glibc keep large buffers instead of paging in each big tensor again.
 
-    Source: RVT's settings of Smith & Topin 2017, arXiv 1708.07120; any number of steps.
+    One arena, too: a loader's threads would have arenas of their own, too small for a batch.
+    Without glibc nothing happens.
     """
-    top = max(0.005 * max_steps - 1, 0)
-    rest = max(max_steps - 1 - top, 1)
-    return peak * (1 + 19 * step / top) / 20 if step < top else peak + (peak / 10_000 - peak) * (step - top) / rest
+    mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # as malloc.h numbers them
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(mmap_threshold, 2**30)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(arena_max, 1)
+
+
+def resolve_device(config):
+    """(device, dtype) that config's "auto" stands for; ValueError where there is no such device."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    with reading(f"device={config.device!r} cannot be used"):
+        torch.empty(1, device=name)
+
+    kind = config.dtype
+    if kind == "auto" and name == "cpu":
+        kind = "float32"
+    elif kind == "auto":  # GPUs are fast in bfloat16 from Ampere on
+        kind = "bfloat16" if torch.cuda.get_device_capability(name)[0] >= 8 else "float16"
+    return torch.device(name), getattr(torch, kind)
+
+
+def start_processes(device):
+    """(rank, number of processes) as torchrun has it; (0, 1) without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        if "RANK" in os.environ:
+            raise ValueError("RANK is set, WORLD_SIZE is not: start with torchrun, or unset RANK")
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def build(config, input_hw, num_classes, checkpoint=None):
+    """Detector for frames of input_hw, with the weights of `checkpoint` or those of init_from."""
+    if config.input_hw not in ((0, 0), input_hw):
+        raise ValueError(f"input_hw={config.input_hw}: the data has {input_hw}; leave it out")
+    shape = fields_of(ModelConfig, config)
+    model = Detector(dataclasses.replace(shape, input_hw=input_hw, num_classes=num_classes))
+    if checkpoint:
+        load_weights(model, checkpoint["model"], config.out_dir)
+    elif config.init_from != "scratch":
+        load_weights(model, read_weights(config.init_from), config.init_from)
+    return model
 
 
 def peak_gib(device):
     """Peak memory so far: what the allocator held on a GPU, the process on a CPU."""
-    return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == "cuda" else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20))
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes in what the system counts
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def resolve_device(config):
-    """(device, dtype) of config's "auto"; ValueError where the machine has no such device."""
-    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    name, dtypes = config.device.replace("auto", devices[0]), ["float32", "bfloat16", "float16"]
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    require(name in devices and config.dtype in ("auto", *dtypes),
-            f"device={config.device!r}, dtype={config.dtype!r}: here are auto, {', '.join(devices + dtypes)}")
-    # bfloat16 from Ampere on, where it is fast
-    auto = "float32" if name == "cpu" else dtypes[1 + (torch.cuda.get_device_capability(name)[0] < 8)]
-    return torch.device(name), getattr(torch, config.dtype.replace("auto", auto))
+# ---- a run
 
+def learning_rate_at(step, max_steps, peak):
+    """One cycle, linear: from peak / 20 up over the first 0.5% of the steps, then to peak / 10000.
 
-def build(config, input_hw, num_classes, checkpoint):
-    """Detector for the data at hand, with the weights that init_from names; `checkpoint`: what to resume, or None."""
-    require(config.input_hw in ((0, 0), input_hw), f"input_hw={config.input_hw}: the data has {input_hw}; leave it out")
-    shape = dataclasses.replace(check(config), input_hw=input_hw, num_classes=num_classes)
-    found = checkpoint or (read_checkpoint(config.init_from) if config.init_from != "scratch" else {})
-    if "state_dict" not in found:
-        return load_weights(Detector(shape), found["model"], config.init_from) if found else Detector(shape)
-    told = ("input_hw", "num_classes", "partition_split", "dim_head", "checkpointing")
-    return load_rvt(config.init_from, **{key: getattr(shape, key) for key in told})
-
-
-def size_aware(config):
-    """What detection_loss wants to know of the size-aware loss; None where it is off."""
-    return SizeAware(*(getattr(config, key) for key in SizeAware._fields)) if config.size_aware_loss else None
+    Source: RVT's settings of Smith & Topin 2017, arXiv 1708.07120; any number of steps.
+    """
+    top = max(0.005 * max_steps - 1, 0)
+    if step < top:
+        return peak * (1 + 19 * step / top) / 20
+    rest = max(max_steps - 1 - top, 1)
+    return peak + (peak / 10_000 - peak) * (step - top) / rest
 
 
 class Forward(torch.nn.Module):
-    """Model and loss as one graph for torch.compile: only the number of labelled frames and of boxes varies."""
+    """Model and loss as one graph for torch.compile: only the numbers of frames and boxes vary."""
 
     def __init__(self, model, size_aware):
         super().__init__()
-        self.model, self.size_aware = model, size_aware
+        self.model = model
+        self.size_aware = size_aware
 
-    def forward(self, events, state, index, targets):
-        prediction, state = self.model(events, state, index)
-        return detection_loss(prediction, targets, self.size_aware), [s.detach() for s in state]
+    def forward(self, events, state, frames, targets):
+        prediction, state = self.model(events, state, frames)
+        losses = detection_loss(prediction, targets, self.size_aware)
+        return losses, [s.detach() for s in state]
 
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, apart from its tensors."""
+
+    step: int = 0
+    evaluated: int = 0        # step of the last validation
+    best_ap: float = -2.0
+    bad_steps: int = 0        # in a row that were not finite
+    smoothed: float = 0.0     # loss, as a moving average
+    lowest: float = math.inf  # smoothed loss so far
+    high_steps: int = 0       # in a row with a smoothed loss far above the lowest
+    sums: dict = dataclasses.field(default_factory=dict)  # of scalars since the last row of the log
+    count: int = 0            # steps in these sums
+
+
+def moved(states, device):
+    """The states of all groups of streams, on `device`."""
+    result = []
+    for state in states:
+        result.append([x.to(device) for x in state])
+    return result
+
+
+class Run:
+    """All that a training run consists of: network, optimiser, recurrent states, progress, log."""
+
+    def __init__(self, config, model, device, dtype, rank, world):
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.rank = rank
+        self.world = world
+        if world > 1 and device.type == "cuda":
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model.train()
+        self.parameters = list(model.parameters())
+        self.statistics = [x for name, x in model.named_buffers() if name != "grid"]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.forward = Forward(model, fields_of(SizeAware, config))
+        if config.compile and device.type == "cuda":
+            self.forward = torch.compile(self.forward)
+        if world > 1:
+            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+        groups = range(config.gradient_accumulation_steps)
+        self.states = [model.initial_state(config.batch_size) for _ in groups]
+        self.progress = Progress()
+        self.log = []  # rows, as dicts
+
+    def due(self, interval):
+        """Whether what happens every `interval` steps and at the end happens now."""
+        return self.progress.step % interval == 0 or self.progress.step == self.config.max_steps
+
+    # -- one step
+
+    def forward_backward(self, group, batch):
+        """Add a micro-batch's gradients and move its streams on. -> its share of each scalar."""
+        batch = batch._replace(frames=batch.frames.flatten().nonzero().flatten())  # (N,)
+        batch = batch._make(
+            x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
+        for tensor in (batch.frames, batch.targets):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        events = data.augment(batch.events, batch.rows, batch.cols)
+        state = reset_state(self.states[group], batch.is_first)
+
+        # processes exchange gradients once a step, with the last micro-batch
+        groups = len(self.states)
+        self.forward.require_backward_grad_sync = group == groups - 1
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            losses, self.states[group] = self.forward(events, state, batch.frames, batch.targets)
+        # a batch without boxes runs everything, too, and weighs nothing
+        weight = 1 / groups if batch.has_boxes else 0.0
+        self.scaler.scale(losses["loss"] * weight).backward()
+        shares = {key: value.detach() / groups for key, value in losses.items()}
+        shares["state"] = sum((0 * x).sum() for x in self.states[group])  # 0, or NaN
+        return shares
+
+    def step(self, batches, stop):
+        """One step of the optimiser; stop: above 0 where this process is to stop.
+
+        -> whether any process is to stop. A step whose loss, gradients or states are not finite
+        is skipped and leaves nothing behind.
+        """
+        statistics = [x.clone() for x in self.statistics]
+        states = list(self.states)
+        scalars = {}
+        for group, batch in enumerate(batches):
+            for key, value in self.forward_backward(group, batch).items():
+                scalars[key] = scalars.get(key, 0) + value
+        scalars["state"] += stop
+        self.scaler.unscale_(self.optimizer)
+        scalars["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+        values = torch.stack(list(scalars.values()))
+        if self.world > 1:
+            dist.all_reduce(values)
+        values = (values / self.world).tolist()  # the one synchronisation of a step
+        scalars = dict(zip(scalars, values))
+        wrong = [key for key, value in scalars.items() if not math.isfinite(value)]
+        stop = scalars.pop("state") > 0
+
+        overflow = wrong == ["grad_norm"] and self.scaler.is_enabled()  # the scaler skips these
+        if overflow or not wrong:
+            CLIP[self.config.grad_clip_by](self.parameters, self.config.grad_clip or math.inf)
+            self.scaler.step(self.optimizer)
+            self.record(scalars)
+        else:
+            for now, before in zip(self.statistics, statistics):
+                now.copy_(before)
+            self.states = states
+            self.progress.bad_steps += 1
+            what = f"step {self.progress.step}: {', '.join(wrong)} not finite"
+            print(f"{what}, skipped")
+            if self.progress.bad_steps >= self.config.max_bad_steps:
+                raise ValueError(f"{what}, for {self.progress.bad_steps} steps; {LOWER_RATE}")
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        return stop
+
+    def record(self, scalars):
+        """Take a good step's scalars into the sums that are logged and the loss that is watched."""
+        progress = self.progress
+        progress.bad_steps = 0
+        progress.count += 1
+        for key, value in scalars.items():
+            progress.sums[key] = progress.sums.get(key, 0) + value
+        loss = scalars["loss"]
+        progress.smoothed = 0.99 * (progress.smoothed or loss) + 0.01 * loss
+        if progress.smoothed > self.config.max_loss_ratio * progress.lowest:
+            progress.high_steps += 1
+        else:
+            progress.high_steps = 0
+        progress.lowest = min(progress.lowest, progress.smoothed)
+        if 0 < self.config.patience <= progress.high_steps:
+            raise ValueError(f"step {progress.step}: the loss diverged to {loss:.3g}; {LOWER_RATE}")
+
+    # -- log, validation, files
+
+    def add_row(self, **row):
+        """Log a row: step, means of the scalars since the last row, and what is given."""
+        progress = self.progress
+        means = {key: round(total / progress.count, 6) for key, total in progress.sums.items()}
+        progress.sums = {}
+        progress.count = 0
+        row = {"step": progress.step, **means, **row}
+        self.log.append(row)
+        if self.rank > 0:
+            return
+        columns = {}
+        for entry in self.log:
+            columns |= entry
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.log)
+        write(f"{self.config.out_dir}/log.csv", text.getvalue())
+        if self.config.wandb_log:
+            wandb_module().log(row, step=progress.step)
+
+    def validate(self, val_set, names):
+        """Score the validation set; best.pt keeps the weights with the best AP."""
+        config, progress = self.config, self.progress
+        if self.world > 1:
+            for x in self.statistics:
+                dist.broadcast(x, 0)
+        labels, found = detect.run(
+            self.model, val_set, config.eval_batch_size, config.sequence_length,
+            self.device, self.dtype, config.num_workers)
+        scores = detect.score_boxes(labels, found, *self.model.config.input_hw, names)
+        ap, ap50 = scores["AP"], scores["AP50"]
+        print(f"step {progress.step}: AP {ap:.4f}, AP50 {ap50:.4f} (validation, class mean)")
+        self.add_row(AP=ap, AP50=ap50)
+        progress.evaluated = progress.step
+        if ap > progress.best_ap:
+            progress.best_ap = ap
+            self.save("best.pt")
+        self.save("ckpt.pt")
+
+    def save(self, name):
+        """Write everything that the run is, gathered from all processes; whole or not at all."""
+        states = [self.states]
+        if self.world > 1:
+            states = [None] * self.world
+            dist.all_gather_object(states, moved(self.states, "cpu"))
+        if self.rank > 0:
+            return
+        whole = dict(
+            model=self.model.state_dict(),
+            model_config=dataclasses.asdict(self.model.config),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            step=self.progress.step,
+            progress=dataclasses.asdict(self.progress),
+            config=vars(self.config),
+            states=states,
+            rng=torch.get_rng_state(),
+            log=self.log,
+        )
+        write(f"{self.config.out_dir}/{name}", lambda file: torch.save(whole, file))
+        draw_curves(f"{self.config.out_dir}/curves.png", self.log)
+
+    def restore(self, checkpoint):
+        """Go on from where `checkpoint` was saved."""
+        before, states = checkpoint["config"], checkpoint["states"]
+        same = all(before[key] == getattr(self.config, key) for key in PLAN)
+        if same and len(states) == self.world:
+            self.states = moved(states[self.rank], self.device)
+        else:
+            print("resumed with other streams: their states start at 0")
+        self.progress = Progress(**checkpoint["progress"])
+        self.log = checkpoint["log"]
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
+        for p, moments in self.optimizer.state.items():
+            for key in ("exp_avg", "exp_avg_sq"):  # the fused kernel trusts shapes and strides
+                moments[key] = torch.empty_like(p).copy_(moments[key])
+        torch.set_rng_state(checkpoint["rng"])
+
+
+class StopSignal:
+    """While open, keeps the number of a SIGTERM or Ctrl-C; a second Ctrl-C stops at once."""
+
+    number = 0
+
+    def __enter__(self):
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        self.before = {kind: signal.signal(kind, self.note) for kind in kinds}
+        return self
+
+    def note(self, number, frame):
+        self.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
+
+
+def wandb_module():
+    """Weights & Biases; ValueError where it is not installed."""
+    with reading("wandb_log=True needs: pip install wandb"):
+        import wandb
+    return wandb
+
+
+def start_run(config, checkpoint, device, dtype, rank, world):
+    """(Run, training batches, validation sequences, class names), new or from `checkpoint`."""
+    out = config.out_dir
+    if rank == 0 and not checkpoint and os.path.exists(f"{out}/ckpt.pt"):
+        raise ValueError(f"{out}/ckpt.pt is there: --init_from=resume goes on with that run, "
+                         "another --out_dir starts one beside it")
+    torch.manual_seed(config.seed)
+    names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
+    train_set = data.open_split(config.data_dir, "train", len(names))
+    val_set = data.open_split(config.data_dir, "val", len(names))
+    hw = train_set[0].hw
+    if val_set[0].hw != hw:
+        raise ValueError(f"{val_set[0].path}: frames of {val_set[0].hw}, in train of {hw}")
+    train_data = TrainData(
+        train_set,
+        seed=config.seed,
+        sampling=config.sampling,
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world,
+        mixed_stream=config.mixed_stream,
+        mixed_random=config.mixed_random,
+        augmentation=fields_of(Augmentation, config),
+        pin_memory=device.type == "cuda",
+    )
+    model = build(config, hw, len(names), checkpoint).to(device)
+    vars(config).update(dataclasses.asdict(model.config), class_names=names)  # as derived
+    run = Run(config, model, device, dtype, rank, world)
+    if checkpoint:
+        run.restore(checkpoint)
+    if rank == 0:
+        write(f"{out}/config.py", f"# python train.py {out}/config.py\n{dump(vars(config))}")
+    if rank == 0 and config.wandb_log:
+        wandb_module().init(project=config.wandb_project, group=config.wandb_group,
+                            name=config.wandb_run_name, config=vars(config))
+    millions = sum(p.numel() for p in run.parameters) / 1e6
+    print(f"{millions:.2f} M parameters, {train_data.steps_per_epoch} steps an epoch, {device}, "
+            f"{dtype}, {world} process(es); all keys as derived: {out}/config.py\n{model.config}")
+    return run, train_data, val_set, names
+
+
+# ---- the loop
 
 def train(config, checkpoint=None):
-    """Run the training of `config` (a namespace with the keys of `defaults`), from `checkpoint` if one is resumed.
+    """Train as `config` (a namespace with the keys of `defaults`) says, from `checkpoint` if given.
 
-    Returns the exit status: 0 when done or stopped by SIGTERM, 130 by Ctrl-C. ValueError for what a user can mend.
+    Returns the exit status: 0 when done or stopped by SIGTERM, 130 by Ctrl-C. ValueError for a
+    user's mistake.
     """
     check(config)
+    reuse_memory()
     device, dtype = resolve_device(config)
-    # keys follow what config is set to
-    out, cuda, keys = os.path.normpath(config.out_dir), device.type == "cuda", vars(config)
-    rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if cuda:
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-    say = tqdm.write if rank == 0 else lambda text: None
-    torch.manual_seed(config.seed)
-
-    # data
+    rank, world = start_processes(device)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks
     if rank == 0 and config.data_dir == defaults["data_dir"]:
         ensure_toy(config.data_dir)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
         dist.barrier()
-    names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
-    sequences, val = (data.open_split(config.data_dir, s, len(names), config.resolution) for s in ("train", "val"))
-    require(sequences[0].hw == val[0].hw, f"{val[0].path}: frames of {val[0].hw}, in train of {sequences[0].hw}")
-    if not min(config.small_threshold, config.medium_threshold):
-        for key, tercile in zip(("small_threshold", "medium_threshold"), data.size_thresholds(sequences)):
-            setattr(config, key, getattr(config, key) or tercile)
-    groups, B, T = config.gradient_accumulation_steps, config.batch_size, config.sequence_length
-    train_data = data.TrainData(sequences, rank=rank, world_size=world, pin_memory=cuda, **{
-        key: getattr(config, key) for key in inspect.signature(data.TrainData).parameters if hasattr(config, key)})
+    run, train_data, val_set, names = start_run(config, checkpoint, device, dtype, rank, world)
 
-    # model, optimiser
-    model = build(config, sequences[0].hw, len(names), checkpoint).to(device)
-    keys.update(dataclasses.asdict(model.config), class_names=names)  # what was derived goes on record
-    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if world > 1 and cuda else model
-    parameters = list(model.parameters())
-    statistics = [buffer for name, buffer in model.named_buffers() if name != "grid"]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    forward = torch.compile(Forward(model, size_aware(config)), disable=not (config.compile and cuda))
+    progress = run.progress
+    groups = config.gradient_accumulation_steps
+    frames_a_step = config.sequence_length * config.batch_size * groups * world
+    loader = data.make_loader(train_data.__getitem__, progress.step * groups, config.num_workers)
+    bar = tqdm(total=config.max_steps, initial=progress.step, unit="step", disable=rank > 0)
+    waited = busy = 0.0  # seconds since the last row of the log: for data, and in all
+    stopped = False
 
-    # where the run stands
-    rows, states = [], [model.initial_state(B) for _ in range(groups)]
-    at = dict(step=0, best=-2.0, bad=0, smoothed=0.0, lowest=math.inf, above=0, sums=[0.0] * len(MEANS), count=0)
-    at = SimpleNamespace(**checkpoint["progress"] if checkpoint else at)
-    loader = data.make_loader(train_data.__getitem__, at.step * groups, config.num_workers)
-    if checkpoint:
-        torch.set_rng_state(checkpoint["rng"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = config.weight_decay
-        for p, s in optimizer.state.items():  # its kernel trusts shapes and strides
-            s |= {key: torch.empty_like(p).copy_(s[key]) for key in ("exp_avg", "exp_avg_sq")}
-        scaler.load_state_dict(checkpoint["scaler"])
-        rows, streams = checkpoint["log"], checkpoint["states"]
-        had, now = (len(streams), len(streams[0]), len(streams[0][0][0])), (world, groups, B)
-        require(had == now, f"resume: processes, accumulation, batch_size: {had}, now {now}; or --init_from=scratch")
-        # with another T, a slot is somewhere else
-        states = [[s.to(device) * (T == checkpoint["config"]["sequence_length"]) for s in x] for x in streams[rank]]
-    if logs := rank == 0 and config.wandb_log:
-        with reading("wandb_log=True needs: pip install wandb"):
-            import wandb
-        wandb.init(project=config.wandb_project, group=config.wandb_group, name=config.wandb_run_name, config=keys)
-    if rank == 0:
-        if not checkpoint and os.path.exists(f"{out}/ckpt.pt"):
-            os.rename(out, older := f"{out}-{time.strftime('%Y%m%d-%H%M%S')}")
-            say(f"the run that was in {out} is in {older} now")
-        write(f"{out}/config.py", f"# python train.py {out}/config.py\n{dump(keys)}")
-    say(f"{dump(keys)}{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, attention groups of "
-        f"{model.config.part} at {model.config.padded_hw}, strides {model.config.strides}; {len(sequences)} sequences, "
-        f"{train_data.steps_per_epoch} steps an epoch; {device}, {dtype}, {world} process(es)")
+    with bar, StopSignal() as stop:
+        if not checkpoint:
+            run.save("ckpt.pt")  # so that no run is without one
+        elif run.due(config.eval_interval) and progress.evaluated < progress.step:
+            run.validate(val_set, names)  # it was stopped before or in this validation
 
-    def due(interval):
-        return at.step % interval == 0 or at.step == config.max_steps
+        while progress.step < config.max_steps and not stopped:
+            # get data
+            started = time.perf_counter()
+            batches = [next(loader) for _ in range(groups)]
+            waited += time.perf_counter() - started
 
-    def save(name):
-        """Everything that the run is, gathered from all processes, written and drawn by the first.
-
-        While the loss diverges, ckpt.pt stays as it was before, but for a signal and the last step.
-        """
-        streams = [states] * world
-        if world > 1:
-            dist.all_gather_object(streams, [[s.cpu() for s in state] for state in states])
-        if rank == 0 and (not at.above * config.patience or asked or name == "best.pt" or at.step == config.max_steps):
-            whole = dict(step=at.step, progress=vars(at), config=keys, log=rows, states=streams,
-                         model=model.state_dict(), model_config=dataclasses.asdict(model.config),
-                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
-            write(f"{out}/{name}", lambda file: torch.save(whole, file))
-            draw_curves(f"{out}/curves.png", rows) if rows else None
-
-    stop = [0]  # the signal that asks for it
-
-    def on_signal(number, frame):
-        stop[0] = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on a Ctrl-C stops at once; SIGTERMs may come in twos
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    bar = tqdm(total=config.max_steps, initial=at.step, disable=rank > 0, unit="step", mininterval=1)
-    started, waited, since, asked = time.perf_counter(), 0.0, at.step, 0.0
-    model.train()
-    try:
-        while True:
-            if asked or due(config.checkpoint_interval) or due(config.eval_interval):
-                save("ckpt.pt")  # at step 0, too, and before evaluating, which may take long or run out of memory
-            if rows and (row := rows[-1])["step"] == at.step:  # which was just added, or at which the run resumes
-                if due(config.eval_interval) and row["AP"] == "" and not asked:  # else the resumed run evaluates
-                    for buffer in statistics if world > 1 else ():
-                        dist.broadcast(buffer, 0)
-                    found = detect.run(model, val, config.eval_batch_size, T, device, dtype, config.num_workers)
-                    scores = detect.score_boxes(*found, *model.config.input_hw, names)
-                    row |= {key: scores[key] for key in ("AP", "AP50")}
-                    say(f"step {at.step}: AP {row['AP']:.4f}, AP50 {row['AP50']:.4f} (validation, class mean)")
-                    if row["AP"] > at.best:
-                        at.best = row["AP"]
-                        save("best.pt")
-                    save("ckpt.pt")
-                if rank == 0:
-                    table = (row, *map(dict.values, rows))  # a dict's keys are the header
-                    write(f"{out}/log.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
-                if logs:
-                    wandb.log({key: x for key, x in row.items() if x != ""}, step=at.step)
-                started, waited, since = time.perf_counter(), 0.0, at.step
-            if asked or at.step >= config.max_steps:
-                break
-            optimizer.param_groups[0]["lr"] = lr = learning_rate_at(at.step, config.max_steps, config.learning_rate)
-            before, states_before = [buffer.clone() for buffer in statistics], list(states)
-            sums = torch.zeros(len(MEANS) + 2, device=device)  # and: NaN where states are not finite, told to stop
-            waiting = time.perf_counter()
-            batches = [next(loader) for _ in range(groups)]  # before anything changes, as it may fail
-            waited += time.perf_counter() - waiting
-            for a, (batch, state) in enumerate(zip(batches, states)):
-                batch = batch._replace(frames=batch.frames.flatten().nonzero().flatten())  # (N,)
-                batch = batch._make(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
-                for tensor in (batch.frames, batch.targets):
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                events, state = data.augment(batch.events, batch.rows, batch.cols), reset_state(state, batch.is_first)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    losses, states[a] = forward(events, state, batch.frames, batch.targets)
-                # a batch without boxes still runs everything, and weighs nothing
-                scaler.scale(losses["loss"] * (batch.has_boxes / groups)).backward()
-                sums[:5] += torch.stack([losses[key].detach() for key in MEANS[:5]]) / groups
-                sums[6] += sum((0 * s).sum() for s in states[a])
-            sums[7] = float(stop[0] > 0)
-            gradients = [p.grad for p in parameters]
-            if world > 1:
-                flat = torch.cat([x.flatten() for x in (*gradients, sums)])
-                dist.all_reduce(flat)
-                *means, sums = (flat / world).split([x.numel() for x in (*gradients, sums)])
-                torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in zip(means, gradients)])
-            scaler.unscale_(optimizer)  # what one process overflows, all skip
-            sums[5] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            *values, asked = sums.tolist()  # the one synchronisation of a step
-            wrong = [key for key, x in zip((*MEANS, "state"), values) if not math.isfinite(x)]
-            # gradients that overflow float16 are the scaler's business; all else that is not finite skips the step
-            if not wrong or wrong == ["grad_norm"] and scaler.is_enabled():
-                getattr(torch.nn.utils, f"clip_grad_{config.grad_clip_by}_")(parameters, config.grad_clip or math.inf)
-                scaler.step(optimizer)
-                at.smoothed = 0.99 * at.smoothed + 0.01 * values[0] if at.smoothed else values[0]
-                at.above = at.above + 1 if at.smoothed > config.max_loss_ratio * at.lowest else 0
-                at.bad, at.lowest = 0, min(at.lowest, at.smoothed)
-                at.sums, at.count = [x + y for x, y in zip(at.sums, values)], at.count + 1
-            else:
-                at.bad += 1
-                say(f"step {at.step}: {', '.join(wrong)} not finite, skipped ({at.bad} in a row)")
-                torch._foreach_copy_(statistics, before)
-                states = states_before
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            # one step
+            lr = learning_rate_at(progress.step, config.max_steps, config.learning_rate)
+            run.optimizer.param_groups[0]["lr"] = lr
+            stopped = run.step(batches, stop.number)
+            busy += time.perf_counter() - started
             bar.update()
-            at.step, peak = at.step + 1, peak_gib(device)
-            for wrong, what in (
-                    (at.bad >= config.max_bad_steps, f"{at.bad} steps in a row were not finite; lower learning_rate"),
-                    (0 < config.patience <= at.above, f"the loss diverged to {at.smoothed:.3g}; lower learning_rate"),
-                    (0 < config.max_memory_gib < peak, f"a peak of {peak:.2f} GiB passed max_memory_gib; {MEMORY}")):
-                require(asked or not wrong, f"step {at.step}: {what}; {out}/ckpt.pt is the last good one")
-            if due(config.log_interval) or due(config.eval_interval):
-                seconds, frames = time.perf_counter() - started, T * B * groups * world * (at.step - since)
-                means = {key: round(x / at.count, 6) if at.count else "" for key, x in zip(MEANS, at.sums)}
-                rows.append(dict(step=at.step, **means, lr=lr, AP="", AP50="", frames_per_s=round(frames / seconds, 2),
-                                 data_wait=round(waited / seconds, 3), peak_gib=round(peak, 3)))
-                at.sums, at.count = [0.0] * len(MEANS), 0
-                bar.set_postfix(loss=means["loss"], fps=rows[-1]["frames_per_s"])
-    except torch.OutOfMemoryError:
-        raise ValueError(f"out of memory at {B=}, {T=}, {config.patch_size=}, {config.checkpointing=}; {MEMORY}")
-    finally:
-        bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    say(f"stopped at step {at.step}; go on: python train.py --out_dir={out} --init_from=resume" if asked else
-        f"done, best AP {at.best:.4f}; see {out}/curves.png; next: python eval.py --ckpt {out}/best.pt")
-    return 130 if asked and stop[0] == signal.SIGINT else 0
+            peak = peak_gib(device)
+            if 0 < config.max_memory_gib < peak:
+                raise ValueError(f"a peak of {peak:.2f} GiB passed max_memory_gib; {LESS_MEMORY}")
+
+            # log
+            if run.due(config.log_interval) or run.due(config.eval_interval):
+                frames_per_s = progress.count * frames_a_step / busy
+                bar.set_postfix(fps=round(frames_per_s, 1), loss=round(progress.smoothed, 3))
+                run.add_row(lr=lr, frames_per_s=round(frames_per_s, 2),
+                            data_wait=round(waited / busy, 3), peak_gib=round(peak, 3))
+                waited = busy = 0.0
+
+            # save, also before a validation, which takes long and may run out of memory
+            if run.due(config.checkpoint_interval) or run.due(config.eval_interval) or stopped:
+                run.save("ckpt.pt")
+
+            # evaluate
+            if run.due(config.eval_interval) and not stopped:
+                run.validate(val_set, names)
+
+    if stopped:
+        print(f"stopped at step {progress.step}; go on: "
+                f"python train.py --out_dir={config.out_dir} --init_from=resume")
+    else:
+        print(f"done, best AP {progress.best_ap:.4f}; see {config.out_dir}/curves.png; "
+                f"next: python eval.py --ckpt {config.out_dir}/best.pt")
+    return 130 if stopped and stop.number == signal.SIGINT else 0
+
+
+def resume(out_dir, argv):
+    """Exit status of a run that goes on from out_dir/ckpt.pt, its config as `argv` changes it."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    checkpoint = read_checkpoint(path)
+    if "progress" not in checkpoint:
+        raise ValueError(f"{path}: weights without a training state; start with --init_from={path}")
+    with reading(f"{path}, resumed"):  # what a damaged state raises, here or at its first step
+        saved = defaults | checkpoint["config"] | {"out_dir": out_dir}
+        config = configure(saved, argv)
+        config["init_from"] = saved["init_from"]  # with which config.py starts again
+        return train(SimpleNamespace(**config), checkpoint)
 
 
 def main(argv):
     config = configure(defaults, argv)
-    if config["init_from"] == "resume":
-        path = os.path.join(config["out_dir"], "ckpt.pt")
-        checkpoint = read_checkpoint(path)
-        require("progress" in checkpoint, f"{path}: weights without a training state; start with --init_from={path}")
-        with reading(f"{path}, resumed"):  # what a damaged state raises, here or at its first step
-            saved = defaults | checkpoint["config"] | {"out_dir": config["out_dir"]}
-            # init_from: config.py starts anew what this run goes on with
-            sys.exit(train(SimpleNamespace(**configure(saved, argv) | {"init_from": saved["init_from"]}), checkpoint))
-    sys.exit(train(SimpleNamespace(**config)))
+    try:
+        if config["init_from"] == "resume":
+            status = resume(config["out_dir"], argv)
+        else:
+            status = train(SimpleNamespace(**config))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory; {LESS_MEMORY}") from error
+    sys.exit(status)
 
 
 if __name__ == "__main__":
