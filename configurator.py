@@ -1,8 +1,8 @@
 """Python-file configs and --key=value over a script's defaults, nanoGPT style, but typed and loud.
 
 In: a dict of defaults (one default in one place) and the command line. Out: a dict with the same keys.
-A config file is Python and is executed, so run only your own. Every name that it sets must be a known key,
-unless it starts with an underscore.
+A config file is Python and is executed, so run only your own. Every name that it sets must be a known
+key, unless it starts with an underscore.
 
     python train.py configs/toy.py --max_steps=100 --fpn_stages 1,2,3,4
 """
@@ -12,53 +12,103 @@ import difflib
 import os
 import runpy
 import sys
-from contextlib import suppress
 
-from formats import reading, require
+from formats import reading
 
 
-def value_of(key, value, defaults, where, text=False):
-    """Value for `key`, of the type of its default: ints widen to floats; from `text`, words with commas make a tuple.
+def parse(text, want):
+    """The value that the words on a command line stand for, of the type `want` if they fit it.
 
-    ValueError names an unknown key, with the nearest known one, or a value of another type.
+    "1,2,3" and "car,bike" are tuples where a tuple is wanted, "3" alone is a tuple of one.
     """
-    near = difflib.get_close_matches(key, defaults, n=1) or ["one of the known keys", *sorted(defaults)]
-    require(key in defaults, f"{where}: unknown key {key!r}; did you mean {', '.join(near)}?")
-    want, given = type(defaults[key]), value
-    if text and want is not str:
-        with suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value.title() if value.lower() in ("true", "false") else value or "()")
-        if want is tuple and not isinstance(value, (tuple, list)):
-            value = tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else (value,)
-    value = want(value) if (type(value), want) in ((int, float), (list, tuple)) else value
-    fine = type(value) is want and (want is not float or abs(value) < 1e99)
-    require(fine, f"{where}: {key}={given!r} is no {want.__name__} like {defaults[key]!r}")
+    if want is str:
+        return text
+    if want is bool:
+        text = text.title()
+    if want is tuple and not text:
+        return ()
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if want is tuple and isinstance(value, str):
+        return tuple(word.strip() for word in value.split(","))
+    if want is tuple and not isinstance(value, (tuple, list)):
+        return (value,)
     return value
 
 
-def configure(defaults, argv):
-    """Overridden copy of `defaults`: config files and --key=value / --key value apply in the order of `argv`.
+def value_of(key, value, defaults, where):
+    """`value`, if `key` is known and the value has the type of its default; ints widen to floats.
 
-    ValueError: a file that is missing or fails, an unknown key, a wrong type, a value that is missing.
+    ValueError names an unknown key, with the nearest known one, or a value of another type.
     """
-    config, argv = dict(defaults), list(argv)
-    while argv:
-        word = argv.pop(0)
+    if key not in defaults:
+        near = difflib.get_close_matches(key, defaults, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(defaults))}"
+        raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+    default = defaults[key]
+    want = type(default)
+    if want is float and type(value) is int:
+        value = float(value)
+    if want is tuple and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not want:
+        raise ValueError(f"{where}: {key}={value!r} is no {want.__name__} like {default!r}")
+    if want is float and not abs(value) < 1e99:
+        raise ValueError(f"{where}: {key}={value!r} is no finite number")
+    return value
+
+
+def read_file(path, config):
+    """{name: value} that the config file at `path` sets; it may compute with what `config` holds."""
+    with reading(f"{path}: this config fails (options are --KEY=VALUE)"):
+        names = runpy.run_path(path, config)
+    found = {}
+    for key, value in names.items():
+        unchanged = key in config and value is config[key]
+        if not key.startswith("_") and not unchanged:
+            found[key] = value
+    return found
+
+
+def configure(defaults, argv):
+    """Overridden copy of `defaults`: files and --key=value / --key value apply in the order of argv.
+
+    ValueError: a file that is missing or fails, an unknown key, a wrong type, a missing value.
+    """
+    config = dict(defaults)
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         if word in ("-h", "--help"):
             sys.exit(f"{sys.modules['__main__'].__doc__}\nkeys and defaults:\n{dump(defaults)}")
-        if word.startswith("--"):
-            key, given, text = word[2:].partition("=")
-            if key in defaults and not given:
-                alone = not argv or argv[0].startswith("--")
-                require(isinstance(defaults[key], bool) or not alone, f"--{key} has no value; write --{key}=VALUE")
-                text = "True" if alone else argv.pop(0)
-            config[key] = value_of(key, text, defaults, "command line", text=True)
+        if not word.startswith("--"):
+            for key, value in read_file(word, config).items():
+                config[key] = value_of(key, value, defaults, word)
             continue
-        with reading(f"{word}: this config fails (options are --KEY=VALUE)"):
-            names = runpy.run_path(word, config)  # a file may compute with what is set so far
-        changed = {key: value for key, value in names.items() if key[0] != "_" and value is not config.get(key, names)}
-        config |= {key: value_of(key, value, defaults, word) for key, value in changed.items()}
+
+        key, equals, text = word[2:].partition("=")
+        want = type(defaults.get(key, ""))
+        if not equals and key in defaults:  # the value is the next word; a switch needs none
+            if words and not words[0].startswith("--"):
+                text = words.pop(0)
+            elif want is bool:
+                text = "True"
+            else:
+                raise ValueError(f"--{key} has no value; write --{key}=VALUE")
+        config[key] = value_of(key, parse(text, want), defaults, "command line")
     return config
+
+
+def literals(names):
+    """The configuration among a script's global `names`: its bools, numbers, strings and tuples."""
+    kinds = (bool, int, float, str, tuple)
+    return {
+        key: value
+        for key, value in names.items()
+        if isinstance(value, kinds) and not key.startswith("_")
+    }
 
 
 def dump(config):
@@ -67,7 +117,7 @@ def dump(config):
 
 
 def command_line(main):
-    """Run main(argv); a user's mistake (ValueError, OSError, full memory) ends in one line, Ctrl-C in status 130.
+    """Run main(argv); a user's mistake (ValueError, OSError, full memory) ends in one line, Ctrl-C in 130.
 
     NANORVT_TRACEBACK=1 shows where the mistake was found.
     """
@@ -75,7 +125,8 @@ def command_line(main):
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as e:
-        if os.getenv("NANORVT_TRACEBACK") or not (isinstance(e, (ValueError, OSError)) or "allocate" in repr(e)):
+    except Exception as error:
+        mistake = isinstance(error, (ValueError, OSError)) or "allocate" in repr(error)
+        if os.getenv("NANORVT_TRACEBACK") or not mistake:
             raise
-        sys.exit("error: " + " ".join(str(e).split()))
+        sys.exit("error: " + " ".join(str(error).split()))
