@@ -92,7 +92,7 @@ def traffic(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def curves_are_drawn_where_a_test_looks_at_them(request, monkeypatch):
-    if "config_trains" not in request.node.name:  # drawing takes longer than a step
+    if "configs_train" not in request.node.name:  # drawing takes longer than a step
         monkeypatch.setattr(train, "draw_curves", lambda *a: None)
 
 
