@@ -45,11 +45,6 @@ num_workers = 4                     # threads that load ahead; 0: load when a st
 # probability of a horizontal flip, that a run is zoomed out, and that a random window is zoomed, in or out
 flip, zoom_stream, zoom_random = 0.5, 0.5, 0.8
 zoom_in_share, zoom_in_max, zoom_out_max = 0.8, 1.5, 1.2  # share of zooms of a window that go in; factors: 1 to these
-# ---- size-aware loss
-size_aware_loss, size_aware_weight = False, 2.0  # on or off; weight of the smallest boxes
-small_threshold, medium_threshold = 1024.0, 9216.0  # areas in input pixels^2; 0: a tercile of the data set's
-# exponential | linear | step; what is weighted: iou, cls (a focal class term), or both
-weight_type, size_aware_terms = "exponential", ("iou",)
 # ---- optimiser
 max_steps, learning_rate, weight_decay = 100_000, 1.7e-4, 0.0  # the rate is its peak: RVT's 2e-4 * sqrt(batch / 8)
 grad_clip, grad_clip_by = 1.0, "value"  # value (RVT) | norm; 0: off
@@ -69,24 +64,28 @@ wandb_log, wandb_project, wandb_group, wandb_run_name = False, "nanorvt", "", "r
 
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 defaults |= {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+defaults |= {field.name: field.default for field in dataclasses.fields(SizeAware)}
 
 MEANS = ("loss", "iou", "obj", "cls", "num_fg", "grad_norm")  # logged as means over an interval
 MEMORY = "lower batch_size (raise gradient_accumulation_steps), eval_batch_size, sequence_length or set --checkpointing"
 
 
+def size_aware(config):
+    """Settings of the size-aware loss."""
+    return SizeAware(**{field.name: getattr(config, field.name) for field in dataclasses.fields(SizeAware)})
+
+
 def check(config):
     """ModelConfig of `config`; ValueError for values that cannot work together, before any work is done."""
-    known = {"weight_type": ("exponential", "linear", "step"), "sampling": ("stream", "random", "mixed"),
-             "grad_clip_by": ("value", "norm"), "resolution": ("auto", "half", "full"), "score": ("cls", "obj*cls"),
-             "size_aware_terms": (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou"))}
+    known = {"sampling": ("stream", "random", "mixed"), "grad_clip_by": ("value", "norm"),
+             "resolution": ("auto", "half", "full"), "score": ("cls", "obj*cls")}
     ones = ("max_steps max_bad_steps steps eval_interval log_interval checkpoint_interval batch_size eval_batch_size "
-            "sequence_length gradient_accumulation_steps zoom_in_max zoom_out_max size_aware_weight").split()
+            "sequence_length gradient_accumulation_steps zoom_in_max zoom_out_max").split()
     for key, value in vars(config).items():
         require(value in known.get(key, [value]), f"{key}={value!r}: expected one of {known.get(key)}")
         # no number is negative
         require(isinstance(value, (str, tuple)) or value >= (key in ones), f"{key}={value}: below {key in ones:d}")
-    require(not 0 < config.medium_threshold <= config.small_threshold,
-            f"small_threshold={config.small_threshold:g}: not below medium_threshold={config.medium_threshold:g}")
+    size_aware(config)
     require(config.sampling != "mixed" or config.batch_size > 1 and min(config.mixed_stream, config.mixed_random) > 0,
             "sampling='mixed' needs batch_size from 2 on, mixed_stream and mixed_random above 0")
     return ModelConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)})
@@ -129,11 +128,6 @@ def build(config, input_hw, num_classes, checkpoint):
         return load_weights(Detector(shape), found["model"], config.init_from) if found else Detector(shape)
     told = ("input_hw", "num_classes", "partition_split", "dim_head", "checkpointing")
     return load_rvt(config.init_from, **{key: getattr(shape, key) for key in told})
-
-
-def size_aware(config):
-    """What detection_loss wants to know of the size-aware loss; None where it is off."""
-    return SizeAware(*(getattr(config, key) for key in SizeAware._fields)) if config.size_aware_loss else None
 
 
 class Forward(torch.nn.Module):
