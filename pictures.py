@@ -1,20 +1,35 @@
-"""All drawing: training curves, the report's charts, event frames with boxes, box sizes.
-"""
+"""All drawing: event frames with boxes, training curves, the report's charts and frames, box sizes.
 
-from pathlib import Path
+In: frames, boxes, the rows of a log, a report. Out: a Pillow image (draw) or a PNG file (the others), whole or not at
+all. train.py, eval.py, data.py and demo.py call it.
+
+    from pictures import draw; draw(frame, boxes, class_names).save("frame.png")
+"""
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import reduce
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from formats import BOX_DTYPE
+from formats import write
 from loss import box_iou
 
-BACKGROUND, COLOURS = (20, 22, 28), ((90, 150, 255), (255, 140, 40))  # of negative and of positive events
+EVENTS = ((90, 150, 255), (255, 140, 40))  # colours of negative and of positive ones
 
 
-PALETTE = ("#f2d16b", "#7be08a", "#e58af2", "#6bdcf2", "#f28a8a", "#b3f26b", "#8a9df2", "#f2a76b")  # of classes
+# ---- event frames
+
+def outline(image, scale, box, colour, text=""):
+    """Draw a box, given in pixels of the frame, and a text above it on a frame enlarged by `scale`."""
+    x, y, w, h = np.nan_to_num([box[name] for name in "xywh"]) * scale
+    # what lies outside moves to the border
+    edges = np.clip([x, y, x + w, y + h], 0, max(image.size) - 1).tolist()
+    canvas = ImageDraw.Draw(image)
+    canvas.rectangle(edges, outline=colour)
+    above = (edges[0], max(edges[1] - 13, 0))
+    canvas.text(above, text, colour, stroke_width=2, stroke_fill="black")
 
 
 def draw(events, detections, class_names, truth=()):
@@ -22,32 +37,43 @@ def draw(events, detections, class_names, truth=()):
 
     events (20, H, W) uint8; detections, truth: boxes in its pixels. Small frames are enlarged, to 480 px at least.
     """
-    H, W = events.shape[1:]
-    scale = -(-480 // W)
-    counts = events.reshape(2, 10, H, W).sum(1).clip(0, 4)[..., None] / 4
-    pixels = BACKGROUND + sum(count * np.subtract(colour, BACKGROUND) for count, colour in zip(counts, COLOURS))
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((W * scale, H * scale), Image.NEAREST)
-    canvas = ImageDraw.Draw(image)
-    for k, (_, x, y, w, h, kind, _, score) in enumerate(box.tolist() for box in (*truth, *detections)):
-        edges = np.clip(np.nan_to_num([x, y, x + w, y + h]) * scale, 0, (W * scale - 1, H * scale - 1) * 2).tolist()
-        colour = PALETTE[kind % len(PALETTE)] if k >= len(truth) else "white"
-        text = f"{class_names[kind]} {score:.2f}" if k >= len(truth) else ""
-        canvas.rectangle(edges, outline=colour, width=2 if k >= len(truth) else 1)
-        canvas.text((edges[0], max(edges[1] - 13, 0)), text, colour, stroke_width=2, stroke_fill=BACKGROUND)
+    counts = reduce(events, "(polarity bin) h w -> h w polarity", "sum", polarity=2)
+    share = counts / counts.sum(2, keepdims=True).clip(4)  # four events of a pixel give the full colour
+    pixels = (share @ EVENTS).astype(np.uint8)  # (H, W, 3)
+    scale = -(-480 // events.shape[2])
+    image = Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
+    for box in truth:
+        outline(image, scale, box, "white")
+    for box in detections:
+        k = box["class_id"]
+        colour = f"hsl({137 * k % 360}, 80%, 70%)"  # by the golden angle: different for any number of classes
+        text = f"{class_names[k]} {box['class_confidence']:.2f}"
+        outline(image, scale, box, colour, text)
     return image
 
 
+# ---- training
+
 def draw_curves(path, rows):
-    """Losses, validation scores and the health of the run over the steps of the log's `rows`, as a picture."""
-    panels = {"training loss": ("loss", "iou", "obj", "cls"), "validation, class mean, all boxes": ("AP", "AP50"),
-              "gradient norm, matched anchors per box": ("grad_norm", "num_fg")}
-    figure = Figure((15, 4), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items()):
-        for key in keys:
-            axes.plot(*([row[x] for row in rows if row[key] != ""] for x in ("step", key)), ".-", label=key)
-        axes.set(title=title, xlabel="step", yscale="linear" if "AP" in keys else "log")
-        axes.legend()
-    figure.savefig(path, dpi=80)
+    """Every column of a log over its steps, a panel each, as a picture; rows: dicts, empty fields are left out."""
+    keys = list(rows[0])[1:]  # the first is the step
+    figure = Figure((16, 8), layout="constrained")
+    panels = figure.subplots(-(-len(keys) // 4), 4)
+    for axes, key in zip(panels.flat, keys):
+        points = [(row["step"], row[key]) for row in rows if row[key] != ""]
+        steps, values = np.reshape(points, (-1, 2)).T
+        axes.plot(steps, values, ".-")
+        axes.set(title=key, xlabel="step")
+    write(path, figure.savefig)
+
+
+# ---- report
+
+def centred(boxes):
+    """Tensor (n, 4) of cx, cy, w, h of structured boxes."""
+    x = boxes["x"] + boxes["w"] / 2
+    y = boxes["y"] + boxes["h"] / 2
+    return torch.from_numpy(np.column_stack((x, y, boxes["w"], boxes["h"])))
 
 
 def confusion(labels, detections, K, confidence):
@@ -58,57 +84,104 @@ def confusion(labels, detections, K, confidence):
     """
     counts = np.zeros((len(labels), K + 1, K + 1), int)
     for count, truth, found in zip(counts, labels, detections):
-        found = np.sort(found[found["confidence"] >= confidence], order="confidence")[::-1]
-        centres = ((b["x"] + b["w"] / 2, b["y"] + b["h"] / 2, b["w"], b["h"]) for b in (found[:, None], truth))
-        iou = box_iou(*(torch.from_numpy(np.stack(box, axis=-1)) for box in centres)).nan_to_num().numpy()
-        classes, free = np.append(truth["class_id"], K), np.ones(len(truth) + 1)  # last the background, always free
-        for overlap, detected in zip(np.pad(iou, ((0, 0), (0, 1)), constant_values=0.5), found["class_id"]):
-            chosen = (overlap * free).argmax()
+        found = found[found["confidence"] >= confidence]
+        found = found[np.argsort(-found["confidence"])]
+        iou = box_iou(centred(found)[:, None], centred(truth)).nan_to_num()
+        iou = F.pad(iou, (0, 1), value=0.5)  # the last column is the background
+        classes = [*truth["class_id"], K]
+        for overlap, detected in zip(iou, found["class_id"]):
+            chosen = overlap.argmax()
             count[classes[chosen], detected] += 1
-            free[chosen] = chosen == len(truth)
-        np.add.at(count, (classes[:-1][free[:-1] > 0], K), 1)
+            iou[:, chosen] = 0  # no other detection gets it
+            iou[:, -1] = 0.5
+        labelled = np.bincount(truth["class_id"], minlength=K)
+        count[:K, K] = labelled - count[:K].sum(1)
     return counts
 
 
+def draw_precision_recall(axes, curves):
+    """A line for each class; curves: {name: precision at equal steps of recall from 0 to 1}."""
+    for name, precision in curves.items():
+        recall = np.linspace(0, 1, len(precision))
+        axes.plot(recall, precision, label=name)
+    axes.set(
+        title="IoU 0.5, all boxes",
+        xlabel="recall",
+        ylabel="precision",
+    )
+    axes.legend()
+
+
+def draw_confusion(axes, counts, names, confidence):
+    """Counts of labelled (rows) against detected class, coloured by their share of the row."""
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    axes.imshow(share, cmap="Blues", vmax=2)  # pale, so that black can be read
+    for (row, column), count in np.ndenumerate(counts):
+        axes.text(column, row, count or "", ha="center")
+    axes.set_xticks(range(len(names)), names, rotation=30)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(
+        title=f"boxes, IoU >= 0.5, p_obj * p_cls >= {confidence}",
+        xlabel="detected",
+        ylabel="labelled",
+    )
+
+
+def draw_ap_by_size(axes, row, sizes):
+    """AP of tiny to large boxes as bars; where it is undefined there is none."""
+    values = np.array([row[f"AP_{size}"] for size in "TSML"], float)
+    bars = axes.bar(sizes, 100 * values)
+    axes.bar_label(bars, fmt="%.1f")
+    axes.set(title="AP by size, %, class mean, all boxes")
+
+
 def pictures(path, report, sequences, labels, detections, class_names, confidence=0.3):
-    """Write precision-recall, confusion and AP by size, then the best, worst and some random frames, as one picture."""
-    names, K, figure = [*class_names, "background"], len(class_names), Figure((24, 23), layout="constrained")
-    charts, sheet = figure.subfigures(2, height_ratios=(1, 2))
-    curves, matrix, bars = charts.subplots(1, 3)
-    curves.plot(np.linspace(0, 1, 26), np.transpose([*report["curves"].values()]), label=[*report["curves"]])
-    curves.set(title="IoU 0.5, all boxes", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    counts = confusion(labels, detections, K, confidence)
-    total = counts.sum(0)
-    matrix.imshow(total / total.sum(1, keepdims=True).clip(1), cmap="Blues", vmax=2)  # pale: black can be read
-    for (i, j), n in np.ndenumerate(total):
-        matrix.text(j, i, n or "", ha="center")
-    matrix.set(title=f"boxes, p_obj * p_cls >= {confidence}, IoU >= 0.5", xlabel="detected", ylabel="labelled",
-               xticks=range(K + 1), yticks=range(K + 1), xticklabels=[n[:9] for n in names], yticklabels=names)
-    for k, protocol in enumerate(f"class mean, {kind}" for kind in ("all boxes", "Prophesee filter")):
-        values = 100 * np.array([report["rows"][protocol][m] for m in ("AP_T", "AP_S", "AP_M", "AP_L")], float)  # None, NaN: no bar
-        bars.bar_label(bars.bar(np.arange(4) + 0.4 * k, values, 0.4, label=protocol), fmt="%.1f")
-    bars.set(title="AP by size, %", xlim=(-0.5, 3.9), xticks=np.arange(4) + 0.2, xticklabels=[
-        f"{name.replace(', ', chr(10))}\n{size['boxes']} boxes" for name, size in report["sizes"].items()])
-    curves.legend()
-    bars.legend()
+    """Write precision-recall, confusion and AP by size, then some frames, as one picture.
 
-    frames = [(s, int(t)) for s in sequences for t in s.label_frames]
-    f1 = 2 * np.trace(counts[:, :K, :K], axis1=1, axis2=2) / (counts[:, :K].sum((1, 2)) + counts[:, :, :K].sum((1, 2)))
-    order = np.argsort(-f1, kind="stable")
-    chosen = {"best": order[:4], "worst": order[-4:], "random": np.random.default_rng(0).permutation(order)[:4]}
-    for row, kind in zip(sheet.subplots(3, 4, subplot_kw={"xticks": (), "yticks": ()}), chosen):
-        for axes, k in zip(row, chosen[kind]):
-            (sequence, t), found = frames[k], detections[k][detections[k]["confidence"] >= confidence]
-            axes.imshow(draw(sequence.read(t, t + 1)[0], found[list(BOX_DTYPE.names)], class_names, labels[k]))
-            axes.set(title=f"{kind}: {sequence.name}, frame {t}, F1 {f1[k]:.2f}")
-    figure.savefig(path, dpi=80)
+    report: as eval.py makes it; labels, detections: boxes of each labelled frame of `sequences`, in their order.
+    Confusion and frames show detections with p_obj * p_cls >= confidence.
+    """
+    figure = Figure((19, 19), layout="constrained")
+    left, middle, right, *places = figure.subplots(4, 3).flat
+    counts = confusion(labels, detections, len(class_names), confidence)
+    draw_precision_recall(left, report["curves"])
+    draw_confusion(middle, counts.sum(0), [*class_names, "background"], confidence)
+    row = report["rows"]["class mean, all boxes"]
+    draw_ap_by_size(right, row, list(report["sizes"]))
 
+    # as many frames as there are places, spread over all sequences
+    frames = []
+    for sequence in sequences:
+        for t in sequence.label_frames:
+            frames.append((sequence, t))
+    step = len(frames) // len(places) + 1
+    for axes, k in zip(places, range(0, len(frames), step)):
+        sequence, t = frames[k]
+        events = sequence.read(t, t + 1)[0]
+        found = detections[k]
+        found = found[found["confidence"] >= confidence]
+        axes.imshow(draw(events, found, class_names, labels[k]))
+        axes.set_title(f"{sequence.name}, frame {t}")
+        axes.set_axis_off()
+    write(path, figure.savefig)
+
+
+# ---- data set
 
 def draw_box_sizes(path, sides):
     """Histogram of box sides (sqrt of the area, pixels), one line for each split of `sides`."""
-    axes = Figure(layout="constrained").subplots()
-    axes.hist(list(sides.values()), bins=60, histtype="step", label=list(sides))
-    axes.set(xlabel="sqrt(box area), pixels", ylabel="boxes", xticks=(16, 32, 96, 192), yscale="log")
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    axes.hist(
+        list(sides.values()),
+        bins=60,
+        histtype="step",
+        label=list(sides),
+    )
+    axes.set(
+        xlabel="sqrt(box area), pixels",
+        ylabel="boxes",
+        yscale="log",
+    )
     axes.legend()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    axes.figure.savefig(path)
+    write(path, figure.savefig)

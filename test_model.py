@@ -240,7 +240,7 @@ def test_recomputation_changes_memory_only(changes):
 def test_forward_and_loss_are_one_graph_that_does_not_recompile(changes):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    module = train.Forward(tiny_detector(**changes).train(), SizeAware("exponential", 2.0, 256, 1024, ("iou", "cls")))
+    module = train.Forward(tiny_detector(**changes).train(), SizeAware(True, 2.0, 256, 1024, "exponential", ("iou", "cls")))
     plain, compiled = copy.deepcopy(module), torch.compile(module, backend=counter, fullgraph=True)
     events, state = random_events(3, 2, 20, 48, 64), module.model.initial_state(2)
     for N, M in ((2, 16), (4, 16), (6, 32), (3, 16)):
