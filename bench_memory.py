@@ -1,7 +1,7 @@
 """Peak memory and speed of an experiment's training step, with and without recomputation.
 
 In:  a config of train.py.
-Out: a row for each batch size, the largest batch that fits a budget, and all that as a line of JSON.
+Out: a row for each batch size, the largest batch that fits a budget, all that as a line of JSON.
 The real model, loss and optimiser run on made-up events and boxes: two steps to warm up, then the
 timed ones. Peak: of the allocator on a GPU, else of the process; each row has a process of its own.
 Kept: what the forward pass keeps for the backward pass, weights left out.

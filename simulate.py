@@ -316,7 +316,7 @@ def simulate_sequence(job):
 
 
 def simulate(dst, num_workers=0, **changes):
-    """Simulate all recordings below dst; changes are options of this file. ValueError: a bad one."""
+    """Simulate all recordings below dst; changes: options of this file. ValueError: a bad one."""
     options = SimpleNamespace(**defaults | changes)
     if not 0 < options.sizes[0] < options.sizes[-1]:
         raise ValueError(f"sizes={options.sizes}: expected the smallest and the largest, in px")
@@ -332,7 +332,7 @@ def simulate(dst, num_workers=0, **changes):
 
 
 def ensure_toy(data_dir="datasets/toy", num_workers=2):
-    """Make the toy data set in data_dir unless it is complete; its recordings go to data_dir_raw."""
+    """Make the toy data set in data_dir unless it is complete, from recordings in data_dir_raw."""
     if Path(data_dir).exists() and not Path(data_dir, ".partial").exists():
         return
     print(f"{data_dir} does not exist: simulating recordings of traffic, about two minutes")
