@@ -1,18 +1,19 @@
-"""Peak memory and speed of an experiment's training step, by batch size, with and without recomputation.
+"""Peak memory and speed of an experiment's training step, with and without recomputation.
 
-In: a config of train.py. Out: a table, where the memory goes, the largest batch that fits a budget, and one JSON line.
-It runs the real model, loss and optimiser on frames of the full size with made-up events and boxes: warm-up steps
-first, then the median and the spread of the timed ones. Each row is measured in a process of its own. GPU: peak of the
-allocator. CPU: peak of the process. Both: bytes that the forward pass keeps for the backward pass.
+In:  a config of train.py.
+Out: a row for each batch size, the largest batch that fits a budget, all that as a line of JSON.
+The real model, loss and optimiser run on made-up events and boxes: two steps to warm up, then the
+timed ones. Peak: of the allocator on a GPU, else of the process; each row has a process of its own.
+Kept: what the forward pass keeps for the backward pass, weights left out.
 
-    python bench_memory.py configs/patch2_4scale_sizeaware.py --batch_sizes=1,2,4,6,8 --budget_gib=24
+    python bench_memory.py configs/patch2_4scale_sizeaware.py --batch_sizes=1,2,4,6 --budget_gib=24
 """
 
 import json
-import multiprocessing
 import time
+from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import ExitStack
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,94 +22,120 @@ import torch
 import train
 from configurator import command_line, configure
 
-# Batch sizes; memory of the card to fit; timed steps, after two that warm up; boxes in every second frame.
-batch_sizes, budget_gib, steps, boxes = (1, 2, 4, 6, 8), 24.0, 5, 8
-defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
+defaults = train.defaults | {
+    "batch_sizes": (1, 2, 4, 6, 8),
+    "budget_gib": 24.0,      # memory of the card to fit
+    "steps": 5,              # timed ones
+    "boxes": 8,              # in every second frame
+    "input_hw": (360, 640),  # this and num_classes: as a data set would have them
+    "num_classes": 8,
+}
 
 
-def made_up(config, B):
-    """Events like a street's (1 cell in 30 holds some), indices of labelled frames, targets (sides 6 to 100 px)."""
-    torch.manual_seed(0)
-    T, (H, W) = config.sequence_length, config.input_hw
-    index = torch.arange(T * B).view(T, B)[(T - 1) % 2::2].flatten()
-    low, high = torch.tensor([[0, 0, 0, 6, 6], [config.num_classes, W, H, 100, 100]])
-    targets = (low + (high - low) * torch.rand(len(index), max(config.boxes, 16), 5)).floor()
-    targets[:, config.boxes:] = 0
-    return torch.poisson(torch.full((T, B, 20, H, W), 1 / 30)).to(torch.uint8), index, targets
+def kept_gib(forward, inputs):
+    """{part of the network: GiB that it keeps for the backward pass}; each storage counts once."""
+    names = {}
+    for name, module in forward.model.named_modules():
+        if name.count(".") < 2:  # the detector, its pyramid, each stage and head (with the loss)
+            names[module] = name
+    part = ""
+    kept = {}  # by address; tensors stay alive, so that no address is used twice
 
+    def enter(module, inputs):
+        nonlocal part
+        part = names[module]
 
-def kept_bytes(forward, inputs):
-    """{part of the network: bytes that it keeps for the backward pass} and "weights", each storage counted once."""
-    part = ["loss"]  # those that run, from the outermost inwards: the loss, the detector, its parts, theirs
-    kept = {p.untyped_storage().data_ptr(): ("weights", p.untyped_storage().nbytes(), p) for p in forward.parameters()}
-
-    def pack(x):  # keeps x, so that no address is used twice
-        kept.setdefault(x.untyped_storage().data_ptr(), (part[:3][-1], x.untyped_storage().nbytes(), x))
+    def keep(x):
+        kept.setdefault(x.untyped_storage().data_ptr(), (part, x))
         return x
 
-    with ExitStack() as hooks, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        for name, module in forward.model.named_modules():  # lists of modules never run
-            hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=name: part.append(name or "decoding")))
-            hooks.enter_context(module.register_forward_hook(lambda *_: part.pop() and None))
+    hooks = [module.register_forward_pre_hook(enter) for module in names]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         forward(*inputs)
-    names = dict.fromkeys(name for name, *_ in kept.values())
-    return {name: sum(size for owner, size, _ in kept.values() if owner == name) for name in names}
+    for hook in hooks:
+        hook.remove()
+    for weight in forward.parameters():
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    parts = Counter()
+    for name, x in kept.values():
+        parts[name] += x.untyped_storage().nbytes() / 2**30
+    return parts
 
 
 def measure(config, B, device, dtype):
-    """Row of the table for one batch size: bytes kept by part, then peak and time of whole training steps."""
-    forward = train.Forward(train.build(config, config.input_hw, config.num_classes, None), train.size_aware(config))
-    optimizer = torch.optim.AdamW(forward.to(device).parameters(), lr=1e-6, fused=True)  # as train.py's
-    events, *labels = (x.to(device) for x in made_up(config, B))
-    inputs, seconds = (events, forward.model.initial_state(B), *labels), []
+    """Row for batch size B: what the forward pass keeps, then peak and time of whole steps."""
+    torch.set_default_device(device)  # this process does nothing else
+    H, W = config.input_hw
+    T = config.sequence_length
+    model = train.build(config, (H, W), config.num_classes, None)
+    forward = train.Forward(model, train.size_aware(config))
+    events = torch.rand(T, B, 20, H, W) < 1 / 30  # as of a street
+    frames = torch.arange(0, T * B, 2)
+    span = torch.tensor((0, W, H, 100, 100))  # class, then centre and size in px
+    targets = span * torch.rand(len(frames), config.boxes, 5)
+    inputs = (events.byte(), model.initial_state(B), frames, targets)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    parts = autocast(kept_bytes)(forward, inputs)
+    with autocast:
+        parts = kept_gib(forward, inputs)
+
+    optimizer = torch.optim.AdamW(forward.parameters(), lr=1e-6, fused=True)  # as train.py's
     if device.type == "cuda":
-        forward = torch.compile(forward) if config.compile else forward
         torch.cuda.reset_peak_memory_stats(device)
+        forward = torch.compile(forward, disable=not config.compile)
+    seconds = []
     for _ in range(2 + config.steps):
         start = time.perf_counter()
-        loss = autocast(forward)(*inputs)[0]["loss"]
+        with autocast:
+            loss = forward(*inputs)[0]["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    low, median, high = np.percentile(seconds[2:], (0, 50, 100)).round(4).tolist()
-    kept, parts["gradients_and_optimizer"] = sum(parts.values()) - parts["weights"], 3 * parts["weights"]
-    return dict(batch=B, checkpointing=config.checkpointing, peak_gib=round(train.peak_gib(device), 3), step_s=median,
-                spread_s=[low, high], frames_per_s=round(len(events) * B / median, 1),
-                kept_gib=round(kept / 2**30, 4), parts={name: round(size / 2**30, 4) for name, size in parts.items()})
+    least, median, most = np.percentile(seconds[2:], (0, 50, 100)).round(4).tolist()
+    peak = train.peak_gib(device)
+    return {
+        "batch": B,
+        "checkpointing": config.checkpointing,
+        "peak_gib": round(peak, 3) if peak else "n/a",
+        "kept_gib": round(sum(parts.values()), 4),
+        "step_s": median,
+        "spread_s": [least, most],
+        "frames_per_s": round(T * B / median, 1),
+        "parts": {name: round(gib, 4) for name, gib in parts.items()},
+    }
+
+
+def largest_batch(rows, budget_gib):
+    """Largest batch in the budget, on the line through the peaks; "n/a" where they make no line."""
+    peaks = [row["peak_gib"] for row in rows]
+    if len(rows) < 2 or "n/a" in peaks or peaks[-1] <= peaks[0]:
+        return "n/a"
+    slope, base = np.polyfit([row["batch"] for row in rows], peaks, 1)
+    return max(int((budget_gib - base) / slope), 0)
 
 
 def main(argv):
-    config, rows, fits = SimpleNamespace(**configure(train.defaults | defaults, argv)), [], {}
+    config = SimpleNamespace(**configure(defaults, argv))
     train.check(config)
     device, dtype = train.resolve_device(config)
-    config.init_from, config.num_classes = "scratch", config.num_classes or len(config.class_names) or 8
-    config.input_hw = config.input_hw if any(config.input_hw) else (360, 640)
-    config.small_threshold, config.medium_threshold = config.small_threshold or 1.0, config.medium_threshold or 1e9
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    keys = ("input_hw", "sequence_length", "patch_size", "fpn_stages", "steps", "boxes", "budget_gib")
-    facts = {key: getattr(config, key) for key in keys} | dict(device=name, torch=torch.__version__, dtype=str(dtype))
-    print(facts, "\nrecompute batch  peak GiB  kept GiB  step s (min-max)  frames/s")
+    result = {"argv": argv, "device": str(device), "dtype": str(dtype), "torch": torch.__version__}
+    result["rows"] = []
     for config.checkpointing in (False, True):
+        rows = []
         for B in config.batch_sizes:
             try:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    rows.append(row := pool.submit(measure, config, B, device, dtype).result())
+                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                    rows.append(pool.submit(measure, config, B, device, dtype).result())
             except (torch.OutOfMemoryError, BrokenExecutor):
-                print(f"{config.checkpointing!s:9} {B:5}  does not fit on this device")
+                print(f"batch {B} does not fit on this device")
                 break
-            print("{checkpointing!s:9} {batch:5}  {peak_gib:8.2f}  {kept_gib:8.3f}  {step_s:.3f} ({spread_s[0]:.3f}-"
-                  "{spread_s[1]:.3f})  {frames_per_s:8.1f}".format(**row), flush=True)
-        peaks = [(row["batch"], row["peak_gib"]) for row in rows if row["checkpointing"] == config.checkpointing]
-        slope, base = np.polyfit(*zip(*peaks), 1) if len(peaks) > 1 else (0, 0)
-        if slope > 0:  # memory grows linearly with the batch
-            fits[f"checkpointing={config.checkpointing}"] = max(int((config.budget_gib - base) / slope), 0)
-    print("kept by part, GiB, without recomputation, at the first batch size:", *(row["parts"] for row in rows[:1]))
-    print(f"largest batch in {config.budget_gib:g} GiB, on the line through the peaks above: {fits}")
-    print(json.dumps(facts | dict(largest_batch=fits, rows=rows)))
+            print(rows[-1], flush=True)
+        largest = largest_batch(rows, config.budget_gib)
+        print(f"largest batch in {config.budget_gib:g} GiB: {largest}")
+        result["rows"] += rows
+        result[f"largest_batch, checkpointing={config.checkpointing}"] = largest
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Simulated street traffic before a static event camera -> raw recordings as in eTraM's release; the toy data set.
+"""Simulated street traffic before a static event camera -> raw recordings; the toy data set.
 
-In:  a seed and the options below. Out: DST/{train,val,test}/NAME_td.h5 (group `events`: x, y, p, t, height, width) and
-     NAME_bbox.npy (eTraM's fields and class ids, 30 Hz). Finished recordings are kept: an interrupted run goes on.
-Flat sprites move on a ground plane with perspective and hide each other by depth; events come from the
-contrast-threshold model on log intensity (ESIM, Rebecq et al., CoRL 2018) with the noise of real pixels.
+In:  a seed and the options below.
+Out: DST/{train,val,test}/NAME_td.h5 (group `events`: x, y, p, t, height, width) and NAME_bbox.npy,
+     with the fields and class ids of eTraM. Recordings that exist are kept: a second run goes on.
+Flat pictures of things move on a ground plane with perspective and hide each other. Events follow
+the contrast-threshold model on log intensity (ESIM, Rebecq et al., CoRL 2018).
 
-    python simulate.py --dst=datasets/traffic_raw --height=720 --width=1280 --seconds=20 --num_workers=4
+    python simulate.py --dst=datasets/traffic_raw --height=720 --width=1280 --seconds=20
 """
 
-import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,214 +21,323 @@ from configurator import command_line, configure
 from formats import BOX_DTYPE
 from prepare import prepare, run_jobs
 
-dst, seed, num_workers = "datasets/traffic_raw", 0, 2  # processes, 0: all in this one; the data do not depend on them
-train, val, test = 30, 8, 8  # recordings a split
-# px of the sensor, up to 720 x 1280; px of the network's input, half of it: square root of the box area, smallest
-# labelled and largest aimed at
-height, width, sizes = 240, 320, (6.0, 48.0)
-seconds, users, night = 7.0, 2.2, 0.3  # of a recording; road users that cross the view, a second; share of night scenes
-defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
+defaults = {
+    "dst": "datasets/traffic_raw",
+    "seed": 0,
+    "num_workers": 2,      # processes, 0: all in this one; the data do not depend on it
+    "train": 30,           # recordings in each split
+    "val": 8,
+    "test": 8,
+    "height": 240,         # px of the sensor, up to 720 x 1280
+    "width": 320,
+    "seconds": 7.0,        # length of a recording
+    "users": 2.2,          # road users that cross the view, a second
+    "sizes": (6.0, 48.0),  # smallest and largest thing: root of its box area, px of the network's
+                           # input, which is half of the sensor
+    "night": 0.3,          # share of night scenes
+}
 
-# Rendered steps a second (intensity is linear between them); labels a second; sides of a sprite; share of an object in
-# view and not hidden, below which it has no label.
-FPS, LABEL_HZ, CELLS, MIN_VISIBLE = 180, 30, 40, 0.3
-# ON and OFF contrast threshold in log intensity, its deviation over pixels; dead time of a pixel; ON events of leakage.
-THRESHOLDS, MISMATCH, REFRACTORY_US, LEAK_HZ = (0.2, 0.24), 0.03, 500, 0.02
+FPS = 120            # rendered steps a second; log intensity is linear in between
+LABEL_STEPS = 4      # steps from label to label
+CELLS = 40           # sides of the picture of a thing
+MIN_VISIBLE = 0.2    # share of its box in which a thing must be seen, else it has no label
+THRESHOLD = 0.22     # contrast, in log intensity, that causes an event
+MISMATCH = 0.03      # standard deviation of the threshold over the pixels
+REFRACTORY_US = 500  # dead time of a pixel after an event
 
-# What there is to see, by eTraM's class id, then what stands about and has no label (tree, flickering light, pole).
-# Length, height, depth in m, m/s, m a turn of legs or wheels (if it stands: seconds); then parts, painted in turn:
-# name in `sprites`, top, bottom, left and right of each one, in percent of the box; the front is to the right.
-KINDS = """0.75 1.75 0.5 1.4 1.4, legs 50 100 40 60, oval 14 60 25 75, arm 20 55 42 58, head 0 17 36 66
-4.2 1.5 1.8 10 2, box 42 85 0 100, oval 0 100 12 78, pane 12 42 24 44 48 66, tyre 62 100 10 28 72 90
-1.75 1.75 0.6 4.5 3.5, ring 58 100 0 40 60 100, bar 62 66 25 80, legs 45 90 42 50, oval 14 52 34 64, head 0 15 50 66
-8.5 3.1 2.5 7.5 2, box 0 90 0 100, pane 14 46 4 15 20 31 36 47 52 63 68 79, bar 14 85 84 96, tyre 74 100 14 25 68 79
-2 1.5 0.7 9 2, tyre 55 100 0 32 68 100, bar 50 80 20 85, oval 12 62 30 60, tyre 0 24 44 64, box 34 42 55 80
-6.5 3.1 2.5 8 2, box 0 78 0 68, bar 20 85 72 100, pane 26 50 84 98, dark 78 85 0 100, tyre 72 100 6 20 24 38 78 92
-13 3.5 2.6 8 2, box 14 100 0 48 52 100, dark 20 95 48 52, pane 28 54 2 46 54 98, bar 70 78 0 100, dark 0 3 20 30,\
- dark 0 14 24 26
-1.05 1.35 0.7 1.3 1.7, dark 15 70 12 20, oval 20 68 20 60, bar 55 68 40 92, bar 62 95 82 92, ring 45 100 5 60,\
- head 0 22 32 56
-4.0 6.0 4.0 0 2, dark 60 100 46 54, leaves 0 75 0 100
-0.5 3.5 0.5 0 0.3, dark 12 100 42 58, light 0 11 20 80
-0.3 5.0 0.3 0 1, box 0 100 0 100""".splitlines()
-SHARES, STANDING = (28, 32, 11, 6, 8, 6, 4, 5), (8, 8, 9, 9, 10)  # percent of the traffic by class; of each scene
+# Log intensity of paints, against the body of a thing.
+BODY = 0.0
+GLASS = -0.9
+DARK = -1.5
+LIGHT = 0.7
+LAMP = 2.0
+# Parts of things: paint, then top, bottom, left and right in percent of the box. The front is on
+# the right; later parts cover earlier ones.
+PERSON = (
+    (DARK, 50, 100, 34, 50),
+    (GLASS, 50, 100, 48, 64),
+    (BODY, 14, 60, 25, 75),
+    (LIGHT, 0, 18, 36, 66),
+)
+WHEELS = (
+    (DARK, 65, 100, 8, 28),
+    (DARK, 65, 100, 72, 92),
+)
+HEADLIGHT = (
+    (LAMP, 55, 75, 90, 100),
+)
+# What there is to see: eTraM's classes in order of their ids, then what stands about and has no
+# label. Name, length and height in m, speed in m/s, parts.
+KINDS = (
+    ("pedestrian", 0.75, 1.75, 1.4, PERSON),
+    ("car", 4.2, 1.5, 10, WHEELS + (
+        (BODY, 0, 90, 14, 78),
+        (BODY, 40, 88, 0, 100),
+        (GLASS, 10, 42, 24, 70),
+    )),
+    ("bicycle", 1.75, 1.75, 4.5, WHEELS + PERSON),
+    ("bus", 8.5, 3.1, 7.5, WHEELS + (
+        (BODY, 0, 90, 0, 100),
+        (GLASS, 14, 46, 4, 96),
+    )),
+    ("motorbike", 2.0, 1.5, 9, PERSON + WHEELS + (
+        (GLASS, 48, 82, 15, 90),
+    )),
+    ("truck", 6.5, 3.1, 8, WHEELS + (
+        (BODY, 0, 85, 0, 68),
+        (LIGHT, 20, 88, 72, 100),
+        (GLASS, 26, 50, 84, 98),
+    )),
+    ("tram", 13, 3.5, 8, (
+        (DARK, 0, 20, 22, 28),
+        (BODY, 14, 100, 0, 100),
+        (GLASS, 28, 54, 2, 98),
+    )),
+    ("wheelchair", 1.05, 1.35, 1.3, PERSON + (
+        (DARK, 45, 100, 5, 60),
+    )),
+    ("tree", 4.0, 6.0, 0, (
+        (DARK, 50, 100, 46, 54),
+        (BODY, 0, 40, 20, 70),
+        (GLASS, 25, 70, 10, 90),
+    )),
+    ("lantern", 0.5, 3.5, 0, (
+        (LAMP, 0, 12, 0, 100),
+    )),
+)
+SHARES = (0.28, 0.32, 0.11, 0.06, 0.08, 0.06, 0.04, 0.05)  # of the traffic, by class
+STANDING = (8, 8, 9, 9)  # kinds that stand in every scene, where the wind moves them
 
 
-def sprites(parts, a, b, contrast, turns, lead):
-    """Log intensity times cover, and cover, (turns, CELLS, 2, CELLS), of parts in the words of KINDS.
+def make_scene(rng, options):
+    """A street: ground (H, W) float32 log intensity, about 0; camera, road and light.
 
-    a, b: log intensity of the object's own paints, a road has about 0; turns: phases of its limbs, wheels, leaves or
-    lights, evenly spaced; lead (CELLS, CELLS): what a leaf is ahead by, radians.
+    The focal length is the width of the frame.
     """
-    v, u = (np.mgrid[:CELLS, :CELLS] + 0.5) / CELLS * 100
-    images, turn = np.zeros((turns, CELLS, 2, CELLS), np.float32), 2 * np.pi * (np.arange(turns) / turns)[:, None, None]
-    for name, *numbers in map(str.split, parts):
-        top, bottom, *ends = map(int, numbers)
-        for left, right in zip(ends[::2], ends[1::2]):
-            x, y = (2 * u - left - right) / (right - left), (2 * v - top - bottom) / (bottom - top)  # in [-1, 1]^2
-            disc, box, swing = x * x + y * y < 1, np.maximum(np.abs(x), np.abs(y)) < 1, (1 + y) * np.sin(turn)
-            inside, shade = {  # a ring is a wheel with four spokes
-                "box": (box, a), "bar": (box, b), "pane": (box, -0.9), "dark": (box, -1.5), "oval": (disc, a),
-                "legs": ((np.abs(np.abs(x) - np.abs(swing)) < 1) & (np.abs(y) < 1), b), "lamp": (disc, 2.0),
-                "arm": ((np.abs(x + swing) < 1) & (np.abs(y) < 1), 0.4), "light": (disc & (np.sin(turn) > -0.3), 2.0),
-                "ring": (disc & ((x * x + y * y > 0.6) | (np.sin(2 * np.arctan2(y, x) - turn) ** 2 < 0.0625)), -1.5),
-                "leaves": (disc & (np.sin(turn + lead) > -0.3), a), "head": (disc, 0.4), "tyre": (disc, -1.5)}[name]
-            images.swapaxes(2, 3)[np.broadcast_to(inside, (turns, CELLS, CELLS))] = shade * contrast, 1
-    return images
+    H = options.height
+    W = options.width
+    ground = np.zeros((H, W), np.float32)
+    for x, y, w, h in rng.integers(0, (W, H, W // 2, H // 2), (100, 4)):
+        ground[y:y + h, x:x + w] += rng.normal(0, 0.15)
+    night = rng.random() < options.night
+    return SimpleNamespace(
+        ground=ground,
+        sizes=options.sizes,
+        horizon=H * rng.uniform(0.1, 0.3),  # px from the top
+        camera=rng.uniform(3.5, 6),         # m above the road
+        road=rng.uniform(-0.6, 0.6),        # its direction, radians; 0: straight across the view
+        night=night,
+        contrast=0.55 if night else 1,
+        noise_hz=0.2 if night else 0.03,    # events without a cause, a second and pixel
+    )
 
 
-def tent(start, size, pixels):
-    """Weights (len(pixels), CELLS) that resample CELLS stretched over [start, start + size]; 0 beyond the ends."""
-    zoom, support = np.float32(CELLS / size), np.float32(max(1, CELLS / size))
-    cells = np.float32(pixels + 0.5 - start) * zoom - np.float32(0.5)
-    return np.maximum(0, 1 - np.abs(cells[:, None] - np.arange(CELLS, dtype=np.float32)) / support) / support
+def draw(parts, body):
+    """Picture of a thing (2, CELLS, CELLS): log intensity times cover, and cover, 0 or 1.
 
-
-def travel(rng, kind, scene, steps):
-    """A thing of KINDS[kind] on a straight way through the scene, with a stop now and then.
-
-    Returns box (steps, 5): left, top, width, height in px and phase; Z (steps,) m; pace (steps,) px/s; images (turns,
-    CELLS, 2, CELLS). Size in px is drawn first, the same way for all classes, and depth follows from it, so that size
-    does not tell the class.
+    body: log intensity of its body. The corners of all parts are round.
     """
-    numbers, *parts = KINDS[kind].split(",")
-    length, tall, depth, speed, stride = np.array(numbers.split(), float) * (*rng.lognormal(0, 0.12, 2), 1, 1, 1)
-    size = 2 * np.exp(rng.uniform(*np.log(scene.sizes))) * (1 if speed else 0.6)
-    Z = scene.focal / min(size / np.sqrt(length * tall), 0.9 * (scene.height - scene.horizon) / scene.camera)
-    angle = scene.road + rng.normal(0, 0.05) + np.pi * rng.integers(2)
-    angle += rng.choice((-1, 1)) * rng.uniform(0.5, 1.1) if kind in (0, 2, 7) and rng.random() < 0.4 else 0  # across
-    t, middle = np.arange(steps) / FPS, rng.uniform(-0.5, steps / FPS + 0.5)
-    pace = np.full(steps, speed * rng.lognormal(0, 0.25))
-    if rng.random() < 0.4:
-        stop, hold = middle + rng.uniform(-1, 1), rng.uniform(0.7, 4)
-        pace *= np.interp(t, (stop - 0.7, stop, stop + hold, stop + hold + 0.9), (1, 0, 0, 1))
+    y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 100 / CELLS
+    picture = np.zeros((2, CELLS, CELLS), np.float32)
+    for paint, top, bottom, left, right in parts:
+        down = (2 * y - top - bottom) / (bottom - top)  # -1 to 1
+        across = (2 * x - left - right) / (right - left)
+        inside = down ** 4 + across ** 4 < 1
+        picture[0, inside] = body + paint
+        picture[1, inside] = 1
+    return picture
+
+
+def make_thing(rng, kind, scene, steps):
+    """A thing of KINDS[kind] on a straight way through the scene, which may stop and start again.
+
+    Fields: kind; at each step box_xyxy (steps, 4) px, depth (steps,) m, moved (steps,) px so far;
+    picture (2, CELLS, CELLS) as from draw.
+    """
+    _, length, tall, speed, parts = KINDS[kind]
+    W = scene.ground.shape[1]
+    # The size in px is drawn first, the same way for all kinds, and the depth follows from it, so
+    # that the size does not tell the class; but nothing is so near that its foot is out of view.
+    size = 2 * np.exp(rng.uniform(*np.log(scene.sizes)))
+    depth = max(W * np.sqrt(length * tall) / size, 2 * scene.camera)
+
+    # Metres along its way; 0, at the place that is drawn, is reached at a random time.
+    time = np.arange(steps) / FPS
+    stop = rng.uniform(0, 3 * time[-1])  # for some after the end
+    start = stop + rng.uniform(0.7, 4)
+    pace = np.interp(time, (stop - 0.7, stop, start, start + 0.9), (1, 0, 0, 1))
+    pace *= speed * rng.lognormal(0, 0.25)
     way = np.cumsum(pace) / FPS
-    way -= np.interp(middle, t, way)
-    X = rng.uniform(-0.45, 0.45) * Z * scene.width / scene.focal + np.cos(angle) * way
-    Z = np.maximum(Z + np.sin(angle) * way, 0.5)
-    scale = scene.focal / Z
-    w, h = (length * np.abs(np.cos(angle)) + depth * np.abs(np.sin(angle))) * scale, tall * scale
-    phase = way / stride if speed else t / (stride * rng.lognormal(0, 0.7))
-    box = np.stack((scene.width / 2 + X * scale - w / 2, scene.horizon + (scene.camera - tall) * scale, w, h, phase), 1)
-    parts += ["lamp 55 75 90 100"] if scene.night and kind in (1, 3, 4, 5, 6) else []
-    paints = [rng.choice((-1, 1)) * rng.uniform(0.3, 1.2) for _ in "ab"]
-    turns, lead = 12 if kind in (0, 2, 7, 8, 9) else 1, 2 * np.pi * rng.random((CELLS, CELLS))  # what has moving parts
-    images = sprites(parts, *paints, scene.contrast, turns, lead)[..., ::1 if np.cos(angle) > 0 else -1]
-    return SimpleNamespace(kind=kind, images=images, Z=Z, pace=pace * scale, box=box, moved=0.0)
+    way -= rng.choice(way)
+
+    # On the ground plane, then in the image.
+    angle = rng.normal(scene.road, 0.2) + np.pi * rng.integers(2)
+    right = rng.uniform(-0.45, 0.45) * depth + np.cos(angle) * way
+    depth = np.maximum(depth + np.sin(angle) * way, 0.5)
+    scale = W / depth  # px a metre
+    middle = W / 2 + right * scale
+    if speed == 0:
+        middle += 0.05 * length * scale * np.sin(time * rng.uniform(2, 20))
+    half = length / 2 * scale
+    foot = scene.horizon + scene.camera * scale
+    box = np.stack((middle - half, foot - tall * scale, middle + half, foot), 1)
+    moved = np.cumsum(pace * scale) / FPS
+
+    if scene.night and speed > 5:
+        parts += HEADLIGHT
+    picture = draw(parts, rng.normal(0, 0.8))
+    if np.cos(angle) < 0:  # it goes to the left
+        picture = picture[..., ::-1]
+    return SimpleNamespace(kind=kind, box_xyxy=box, depth=depth, moved=moved, picture=picture)
+
+
+def overlap(pixels, start, stop):
+    """Share of each pixel (n,) in each of CELLS cells between start and stop px: (n, CELLS)."""
+    edges = start + (stop - start) / CELLS * np.arange(CELLS + 1)
+    inside = np.minimum(pixels[:, None] + 1, edges[1:]) - np.maximum(pixels[:, None], edges[:-1])
+    return np.float32(inside.clip(0))
 
 
 def render(scene, things, step):
-    """Log intensity (H, W) float32 at a step, far things first, and the index of what is seen (H, W), -1: nothing."""
-    image, owner = scene.ground.copy(), np.full(scene.ground.shape, -1, np.int32)
-    down, right = map(np.arange, image.shape)
-    for i, thing in sorted(enumerate(things), key=lambda pair: -pair[1].Z[step]):
-        x, y, w, h, phase = thing.box[step].tolist()
-        area = np.s_[max(int(y), 0):max(int(y + h) + 1, 0), max(int(x), 0):max(int(x + w) + 1, 0)]
-        if min(w, h) < 1.5 or not image[area].size:
-            continue
-        k, part = divmod(phase % 1 * len(thing.images), 1)
-        cells = thing.images[int(k) - 1] * np.float32(1 - part) + thing.images[int(k)] * np.float32(part)
-        cells = (tent(y, h, down[area[0]]) @ cells.reshape(CELLS, -1)).reshape(-1, CELLS) @ tent(x, w, right[area[1]]).T
-        image[area] = image[area] * (1 - cells[1::2]) + cells[::2]
-        owner[area][cells[1::2] > 0.5] = i
+    """Log intensity (H, W) float32 at a step, and the index of what is seen (H, W), -1: nothing."""
+    image = scene.ground.copy()
+    H, W = image.shape
+    owner = np.full((H, W), -1)
+    for index in np.argsort([-thing.depth[step] for thing in things]):  # from far to near
+        x1, y1, x2, y2 = things[index].box_xyxy[step].tolist()
+        rows = slice(max(int(y1), 0), max(int(y2) + 1, 0))
+        columns = slice(max(int(x1), 0), max(int(x2) + 1, 0))
+        view = image[rows, columns]
+        if view.size:
+            y = overlap(np.arange(H)[rows], y1, y2)
+            x = overlap(np.arange(W)[columns], x1, x2)
+            ink, cover = y @ things[index].picture @ x.T
+            view += ink - cover * view
+            owner[rows, columns][cover > 0.5] = index
     return image, owner
 
 
-def labels_at(things, step, owner, options):
-    """Yield labels of the road users in view as tuples of BOX_DTYPE's fields: whole boxes cropped to the frame.
+def labels_at(scene, things, step, owner):
+    """Labels of the road users in view: tuples of BOX_DTYPE's fields, whole boxes cropped.
 
-    Left out: what is hidden or out of view by more than 1 - MIN_VISIBLE, too small, or has not moved yet (it never
-    caused an event, so that no detector can know of it).
+    Left out: what is mostly hidden, too small, or has not moved yet (it never caused an event, so
+    that no detector can know of it).
     """
-    seen = np.bincount(owner.ravel() + 1, minlength=len(things) + 1)[1:]
-    for i, thing in enumerate(things):
-        x, y, w, h, _ = thing.box[step]
-        x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, options.width - 1), min(y + h, options.height - 1)
-        if seen[i] >= max(MIN_VISIBLE * thing.images[0][:, 1].mean() * w * h, 4):
-            thing.moved += thing.pace[step] / LABEL_HZ
-            if thing.moved > 2 and (x2 - x1) * (y2 - y1) >= (2 * options.sizes[0]) ** 2:
-                yield step * 1_000_000 // FPS, x1, y1, x2 - x1, y2 - y1, thing.kind, i, 1
+    H, W = owner.shape
+    labels = []
+    for index, thing in enumerate(things):
+        x1, y1, x2, y2 = thing.box_xyxy[step].clip(0, (W - 1, H - 1, W - 1, H - 1))
+        area = (x2 - x1) * (y2 - y1)
+        seen = np.sum(owner == index) > MIN_VISIBLE * area
+        if seen and area >= (2 * scene.sizes[0]) ** 2 and thing.moved[step] > 2:
+            t_us = step * 1_000_000 // FPS
+            labels.append((t_us, x1, y1, x2 - x1, y2 - y1, thing.kind, index, 1))
+    return labels
 
 
-def make_events(rng, image, before, level, last_us, pixel, step):
-    """Events of one step: (t us, flat pixel, polarity) in order of time. level and last_us are updated in place.
+class Sensor:
+    """Pixels that each compare the log intensity with a level: its value at their last event.
 
-    image, before (H * W,) log intensity now and a step ago, linear in time between; level: what each pixel compares
-    with; last_us: its last event; pixel: .on, .off thresholds and .leak a step (H * W,), .noise events a step, .hot
-    pixels, .hot_rate a step. Source: Rebecq et al., ESIM, CoRL 2018; noise after Hu et al., v2e, CVPRW 2021.
+    before, level, threshold (H * W,): log intensity; last_us (H * W,): time of the last event.
+    Source: Rebecq et al., ESIM, CoRL 2018.
     """
-    level -= pixel.leak
-    change = image - level
-    fired = np.flatnonzero((change > pixel.on) | (change < -pixel.off))
-    unit = np.where(change[fired] > 0, pixel.on[fired], -pixel.off[fired])
-    count = (change[fired] / unit).astype(np.int64)
-    where, unit_of = np.repeat(fired, count), np.repeat(unit, count)
-    nth = np.arange(len(where)) - np.searchsorted(where, where) + 1
-    slope, ahead = image[where] - before[where], level[where] + nth * unit_of - before[where]
-    part = np.divide(ahead, slope, out=rng.random(len(where)).astype(np.float32), where=slope != 0)
-    level[fired] += count * unit
-    t = (step + np.clip(part, 0, 0.999)) * (1e6 / FPS)
-    keep = t - np.where(nth == 1, last_us[where], np.roll(t, 1)) >= REFRACTORY_US
-    hot = pixel.hot[rng.random(len(pixel.hot)) < pixel.hot_rate]
-    noise = np.concatenate((rng.integers(0, image.size, rng.poisson(pixel.noise)), hot))
-    t = np.concatenate((t[keep], (step + rng.random(len(noise))) * (1e6 / FPS))).astype(np.int64)
-    where, p = np.concatenate((where[keep], noise)), np.concatenate((unit_of[keep] > 0, rng.random(len(noise)) < 0.5))
-    order = np.argsort(t, kind="stable")
-    last_us[where[order]] = t[order]
-    return t[order], where[order].astype(np.int32), p[order]
+
+    def __init__(self, rng, image, contrast):
+        self.threshold = np.float32(rng.normal(THRESHOLD, MISMATCH, image.size) / contrast)
+        self.before = image.ravel()
+        self.level = image.flatten()
+        self.last_us = np.full(image.size, -1e9)
+
+    def events(self, image, step):
+        """Events while the log intensity goes to image (H, W) in a step, linearly.
+
+        Returns a list of (t us, flat pixel, polarity), the nth of all pixels in its nth place.
+        """
+        image = image.ravel()
+        threshold = np.copysign(self.threshold, image - self.level)
+        count = ((image - self.level) / threshold).astype(np.int32)
+        pixels = np.flatnonzero((count > 0) & (image != self.before))
+        events = []
+        for nth in range(1, count.max() + 1):
+            pixels = pixels[count[pixels] >= nth]
+            self.level[pixels] += threshold[pixels]
+            before = self.before[pixels]
+            part = (self.level[pixels] - before) / (image[pixels] - before)
+            t = (step + part) * (1e6 / FPS)
+            alive = t - self.last_us[pixels] >= REFRACTORY_US
+            self.last_us[pixels[alive]] = t[alive]
+            events.append((t[alive], pixels[alive], threshold[pixels[alive]] > 0))
+        self.before = image
+        return events
+
+
+def write_recording(path, events, labels, height, width):
+    """Write events, a list of (t us, flat pixel, polarity), and labels; path appears last."""
+    events = np.hstack(events)
+    t, pixel, p = events[:, events[0].argsort()]
+    y, x = np.divmod(pixel, width)
+    columns = (("t", t, "i8"), ("x", x, "u2"), ("y", y, "u2"), ("p", p, "u1"))
+    partial = path.with_suffix(".part")
+    with h5py.File(partial, "w") as file:
+        group = file.create_group("events")
+        group["height"] = height
+        group["width"] = width
+        for name, column, dtype in columns:
+            group.create_dataset(name, data=column, dtype=dtype, shuffle=True, compression="lzf")
+    np.save(str(path).replace("_td.h5", "_bbox.npy"), np.array(labels, BOX_DTYPE))
+    partial.replace(path)
 
 
 def simulate_sequence(job):
-    """Simulate one recording, job = (path, number of its split, index, options). A whole one only appears there."""
-    path, split, index, given = job
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([given.seed, split, index])
-    H, W, steps, number = given.height, given.width, round(given.seconds * FPS), round(given.users * given.seconds)
-    scene = SimpleNamespace(height=H, width=W, focal=W, sizes=given.sizes, horizon=H * rng.uniform(0.1, 0.3),
-                            camera=rng.uniform(3.5, 6), road=rng.uniform(-0.6, 0.6), night=rng.random() < given.night)
-    scene.contrast = np.float32(0.55 if scene.night else 1)
-    cells = [np.kron(rng.normal(0, strength, (CELLS // side,) * 2), np.ones((side, side))).astype(np.float32)
-             for side, strength in ((8, 0.3), (4, 0.2), (1, 0.1))]
-    scene.ground = sum(tent(0, H, np.arange(H)) @ c @ tent(0, W, np.arange(W)).T * scene.contrast for c in cells)
-    scene.ground[:int(scene.horizon)] += 0.4 * scene.contrast  # the sky
-    # Multiples of the golden ratio spread the rare classes over all splits.
-    kinds = np.searchsorted(np.cumsum(SHARES), (index * number + np.arange(number)) * 61.80339887 % 100)
-    things = [travel(rng, kind, scene, steps) for kind in (*kinds, *STANDING)]
-    image, N = render(scene, things, 0)[0], H * W
-    on, off = np.maximum(rng.normal(THRESHOLDS, MISMATCH, (N, 2)), 0.05).astype(np.float32).T.copy()
-    pixel = SimpleNamespace(on=on, off=off, leak=on * np.float32(LEAK_HZ / FPS), hot=rng.integers(0, N, N // 15000),
-                            hot_rate=rng.uniform(20, 150) / FPS, noise=(0.2 if scene.night else 0.03) * N / FPS)
-    level, last_us, labels, events = image.flatten(), np.full(N, -1e9), [], []
+    """Simulate one recording, job = (path, options), unless it exists. Its name seeds it, too."""
+    path, options = job
+    if path.exists():
+        return
+    rng = np.random.default_rng([options.seed, *path.name.encode()])
+    steps = round(options.seconds * FPS)
+    scene = make_scene(rng, options)
+    kinds = rng.choice(len(SHARES), round(options.seconds * options.users), p=SHARES)
+    things = [make_thing(rng, kind, scene, steps) for kind in (*kinds, *STANDING)]
+
+    image, owner = render(scene, things, 0)
+    sensor = Sensor(rng, image, scene.contrast)
+    events = []
+    labels = []
     for step in range(1, steps):
-        before, (image, owner) = image, render(scene, things, step)
-        events.append(make_events(rng, image.ravel(), before.ravel(), level, last_us, pixel, step - 1))
-        labels += labels_at(things, step, owner, given) if step % (FPS // LABEL_HZ) == 0 else []
-    t, where, p = map(np.concatenate, zip(*events))
-    with h5py.File(path.with_suffix(".part"), "w") as file:
-        file["events/height"], file["events/width"] = H, W
-        for key, x in dict(t=t, x=(where % W).astype("u2"), y=(where // W).astype("u2"), p=p.astype("u1")).items():
-            file.create_dataset(f"events/{key}", data=x, shuffle=True, compression="lzf")
-    np.save(str(path).replace("_td.h5", "_bbox.npy"), np.array(labels, BOX_DTYPE))
-    path.with_suffix(".part").replace(path)
+        image, owner = render(scene, things, step)
+        events += sensor.events(image, step - 1)
+        if step % LABEL_STEPS == 0:
+            labels += labels_at(scene, things, step, owner)
+
+    # Noise: t, pixel and polarity are truncated to whole numbers where they are written.
+    count = rng.poisson(scene.noise_hz * options.seconds * image.size)
+    noise = rng.uniform(0, (1e6 * options.seconds, image.size, 2), (count, 3)).T
+    write_recording(path, [*events, noise], labels, *image.shape)
 
 
 def simulate(dst, num_workers=0, **changes):
-    """Simulate all recordings below dst; changes are this file's options. ValueError names a bad option."""
-    options = SimpleNamespace(**defaults | changes | {"dst": dst})
-    if min(options.height, options.width) < 16 or not 0 < options.sizes[0] < options.sizes[-1] or options.seconds < 0.2:
-        raise ValueError(f"sizes={options.sizes}: expected two ascending ones; height, width from 16, seconds from 0.2")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of new processes: their matrices are small, threads only fight
-    jobs = [(path, k, i, options) for k, split in enumerate(("train", "val", "test"))
-            for i in range(getattr(options, split)) if not (path := Path(dst, split, f"{split}_{i:04}_td.h5")).exists()]
-    list(tqdm(run_jobs(simulate_sequence, jobs, num_workers), "simulate", len(jobs), unit="recording"))
+    """Simulate all recordings below dst; changes: options of this file. ValueError: a bad one."""
+    options = SimpleNamespace(**defaults | changes)
+    if not 0 < options.sizes[0] < options.sizes[-1]:
+        raise ValueError(f"sizes={options.sizes}: expected the smallest and the largest, in px")
+    if min(options.height, options.width) < 16 or options.seconds < 0.2:
+        raise ValueError("height and width must be 16 px or more, seconds 0.2 or more")
+    jobs = []
+    for split in ("train", "val", "test"):
+        Path(dst, split).mkdir(parents=True, exist_ok=True)
+        for index in range(getattr(options, split)):
+            jobs.append((Path(dst, split, f"{split}_{index:04}_td.h5"), options))
+    done = run_jobs(simulate_sequence, jobs, num_workers)
+    list(tqdm(done, "simulate", len(jobs), unit="recording"))
 
 
-def ensure_toy(data_dir="datasets/toy", num_workers=num_workers):
-    """Make the toy data set in data_dir, unless it is there: recordings in data_dir + "_raw", prepared as eTraM's."""
-    if not Path(data_dir).exists() or Path(data_dir, ".partial").exists():
-        print(f"{data_dir} does not exist: simulating {train + val + test} recordings of traffic (about two minutes)")
-        simulate(f"{data_dir}_raw", num_workers)
-        prepare(f"{data_dir}_raw", data_dir, "etram", num_workers, box_filter="none")
+def ensure_toy(data_dir="datasets/toy", num_workers=2):
+    """Make the toy data set in data_dir unless it is complete, from recordings in data_dir_raw."""
+    if Path(data_dir).exists() and not Path(data_dir, ".partial").exists():
+        return
+    print(f"{data_dir} does not exist: simulating recordings of traffic, about two minutes")
+    simulate(f"{data_dir}_raw", num_workers)
+    prepare(f"{data_dir}_raw", data_dir, "etram", num_workers, box_filter="none")
 
 
 def main(argv):
@@ -236,5 +345,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # h5py's callbacks swallow KeyboardInterrupts; the next run tidies up
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # h5py's callbacks swallow KeyboardInterrupts
     command_line(main)

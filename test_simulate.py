@@ -1,158 +1,165 @@
-"""Tests, to be merged."""
+"""Tests of simulate.py."""
 
-from conftest import *  # noqa: F403
+from types import SimpleNamespace
 
-# ---- simulate
+import numpy as np
+import pytest
 
-SMALL_SCENE = dict(train=2, val=1, test=0, seconds=1.0, height=48, width=64, sizes=(2.0, 8.0), users=8.0)
+import prepare
+import simulate
+from conftest import load
+
+SMALL_SCENE = dict(train=1, val=2, test=0, seconds=1.0, height=48, width=64, sizes=(2.0, 8.0),
+                   users=8.0)
+SMALL_NAMES = ("train/train_0000", "val/val_0000", "val/val_0001")
 
 
 @pytest.fixture(scope="module")
 def small_traffic(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small_traffic")
-    simulate.simulate(folder / "raw", 0, **SMALL_SCENE)
-    return folder / "raw"
+    simulate.simulate(folder, 0, **SMALL_SCENE)
+    return folder
 
 
-def recording_of(path):
-    return list(map(np.concatenate, zip(*prepare.Recording(path).chunks())))
+def raw_recording(folder, name):
+    """Events (t, x, y, p) and boxes of a raw recording."""
+    events = map(np.concatenate, zip(*prepare.Recording(folder / f"{name}_td.h5").chunks()))
+    return *events, np.load(folder / f"{name}_bbox.npy")
 
 
-def test_simulation_depends_on_the_seed_alone(small_traffic, tmp_path):
+def two_cars():
+    """A plain scene of 48 x 64 px and two cars in one place, the first before the second."""
+    ground = np.zeros((48, 64), np.float32)
+    scene = SimpleNamespace(ground=ground, sizes=(3, 8), horizon=8, camera=4, road=0, night=False)
+    cars = [simulate.make_thing(np.random.default_rng(1), 1, scene, 120) for _ in range(2)]
+    for distance, car in enumerate(cars, 1):
+        car.depth[:] = distance
+        car.box_xyxy[:] = (10, 20, 26, 28)
+        car.moved[:] = 100
+    return scene, *cars
+
+
+def sensor_before(image):
+    sensor = simulate.Sensor(np.random.default_rng(0), np.float32(image), 1)
+    sensor.threshold[:] = 0.2
+    return sensor
+
+
+def test_simulate_depends_on_the_seed_alone(small_traffic, tmp_path):
     simulate.simulate(tmp_path / "two", 2, **SMALL_SCENE)
-    simulate.simulate(tmp_path / "other", 0, **SMALL_SCENE | dict(train=1, val=0, seed=1))
-    names = [f"{split}/{split}_{i:04d}" for split, i in (("train", 0), ("train", 1), ("val", 0))]
-    for name in names:
-        first, second = (small_traffic / name, tmp_path / "two" / name)
-        for one, other in zip(recording_of(f"{first}_td.h5"), recording_of(f"{second}_td.h5"), strict=True):
-            np.testing.assert_array_equal(one, other)
-        np.testing.assert_array_equal(np.load(f"{first}_bbox.npy"), np.load(f"{second}_bbox.npy"))
-    lengths = {len(recording_of(folder / f"{name}_td.h5")[0]) for folder, name in
-               ((small_traffic, names[0]), (small_traffic, names[1]), (small_traffic, names[2]), (tmp_path / "other", names[0]))}
-    assert len(lengths) == 4
+    simulate.simulate(tmp_path / "other", 0, **SMALL_SCENE | dict(seed=1))
+    counts = set()
+    for name in SMALL_NAMES:
+        recording = raw_recording(small_traffic, name)
+        assert all(map(np.array_equal, recording, raw_recording(tmp_path / "two", name)))
+        counts |= {len(recording[0]), len(raw_recording(tmp_path / "other", name)[0])}
+    assert len(counts) == 6
 
 
-def test_simulated_recordings_and_labels_keep_to_the_frame(small_traffic):
-    boxes = np.concatenate([np.load(path) for path in sorted(small_traffic.glob("*/*_bbox.npy"))])
-    assert len(boxes) > 20 and boxes.dtype == prepare.LABEL and boxes["class_id"].max() < 8
-    assert boxes["x"].min() >= 0 and boxes["y"].min() >= 0
+@pytest.mark.parametrize("name", SMALL_NAMES)
+def test_simulate_keeps_to_the_frame_in_time_and_space(small_traffic, name):
+    t, x, y, p, boxes = raw_recording(small_traffic, name)
+    assert 0 <= t[0] and t[-1] < 10**6 and x.max() < 64 and y.max() < 48
+    assert set(p) == {0, 1} and 0.3 < p.mean() < 0.7
+    assert len(boxes) > 20 and boxes["class_id"].max() < 8
+    assert min(boxes["x"].min(), boxes["y"].min()) >= 0
     assert (boxes["x"] + boxes["w"]).max() <= 63.001 and (boxes["y"] + boxes["h"]).max() <= 47.001
-    assert (boxes["w"] * boxes["h"]).min() >= 15.99  # 2 px at the network's input
-    assert set(np.unique(boxes["t"]) % 33_333) <= {0, 1, *range(30)}
-    for path in small_traffic.glob("*/*_td.h5"):
-        t, x, y, p = recording_of(path)
-        assert x.max() < 64 and y.max() < 48 and set(p) == {0, 1} and 0 <= t[0] and t[-1] < 10**6
-        assert 0.3 < p.mean() < 0.7 and not list(path.parent.glob(".*"))
+    assert (boxes["w"] * boxes["h"]).min() >= 15.99  # 2 px of the network's input
+    assert (np.unique(boxes["t"]) % 33_333 < 30).all()  # 30 Hz
 
 
-def still_scene():
-    scene = SimpleNamespace(height=48, width=64, focal=64, sizes=(6.0, 8.0), horizon=8, camera=4, road=0.0, night=False,
-                            contrast=np.float32(1), ground=np.zeros((48, 64), np.float32))
-    return scene, simulate.travel(np.random.default_rng(1), 1, scene, 120)
+def test_render_covers_pixels_by_their_share():
+    scene, car, _ = two_cars()
+    car.picture[:] = 1  # log intensity, and cover
+    car.box_xyxy[:] = (10.25, 20, 26, 27.5)
+    image, owner = simulate.render(scene, [car], 0)
+    np.testing.assert_allclose(image[22, 9:12], (0, 0.75, 1), atol=1e-5)
+    np.testing.assert_allclose(image[26:29, 15], (1, 0.5, 0), atol=1e-5)
+    assert image.sum() == pytest.approx(15.75 * 7.5, rel=1e-5)
+    assert (owner[20:27, 10:26] == 0).all()
 
 
-def test_what_stands_still_causes_no_events():
-    scene, car = still_scene()
-    car.box[:] = (10, 20, 16, 8, 0)
-    car.box[:60, 0] += np.arange(60) * 0.5
-    car.box[60:, 0] = car.box[59, 0]
-    threshold = np.full(48 * 64, 0.2, "f4")
-    pixel = SimpleNamespace(on=threshold, off=threshold, leak=0 * threshold, noise=0, hot=np.zeros(0, int), hot_rate=0)
-    rng, before = np.random.default_rng(0), simulate.render(scene, [car], 0)[0].ravel()
-    level, last_us, counts = before.copy(), np.full(48 * 64, -1e9), []
+def test_labels_at_leaves_out_hidden_unmoved_and_tiny_things():
+    scene, wall, car = two_cars()
+    wall.picture[1] = 1
+    wall.moved[:] = 0
+    wall.box_xyxy[:] = (40, 10, 60, 30)
+
+    def labels(*things):
+        return simulate.labels_at(scene, things, 3, simulate.render(scene, things, 3)[1])
+
+    assert labels(wall, car) == [(25_000, 10, 20, 16, 8, 1, 1, 1)]
+    wall.box_xyxy[:] = (8, 10, 23, 30)  # now before the car
+    assert labels(wall, car) == []
+    car.moved[:] = 1
+    assert labels(car) == []
+    car.moved[:] = 100
+    assert len(labels(car)) == 1
+    car.box_xyxy[:] = (10, 20, 16, 25)
+    assert labels(car) == []
+
+
+def test_sensor_follows_the_contrast_threshold_model():
+    span = 1e6 / simulate.FPS
+    sensor = sensor_before([[0]])
+    rise = sensor.events(np.float32([[0.9]]), 10)  # crosses 0.2, 0.4, 0.6 and 0.8
+    times = (10 + np.array([0.2, 0.4, 0.6, 0.8]) / 0.9) * span
+    np.testing.assert_allclose([t[0] for t, _, _ in rise], times, atol=2)
+    assert all(p.all() for _, _, p in rise)
+    sensor.threshold[:] = 0.25  # below the level that is left, 0.8
+    fall = sensor.events(np.float32([[0]]), 11)  # crosses 0.55, 0.3 and 0.05
+    times = (11 + np.array([0.35, 0.6, 0.85]) / 0.9) * span
+    np.testing.assert_allclose([t[0] for t, _, _ in fall], times, atol=2)
+    assert not any(p.any() for _, _, p in fall)
+
+
+def test_sensor_is_dead_for_a_while_after_an_event():
+    events = sensor_before([[0]]).events(np.float32([[30]]), 0)  # 150 crossings in a step
+    times = np.concatenate([t for t, _, _ in events])
+    assert len(times) > 10 and np.diff(times).min() >= simulate.REFRACTORY_US
+
+
+def test_sensor_sees_nothing_of_what_stands_still():
+    scene, car, _ = two_cars()
+    car.box_xyxy += 0.5 * np.arange(120).clip(0, 59)[:, None] * (1, 0, 1, 0)
+    sensor = sensor_before(simulate.render(scene, [car], 0)[0])
+    counts = []
     for step in range(1, 120):
-        image = simulate.render(scene, [car], step)[0].ravel()
-        t, where, p = simulate.make_events(rng, image, before, level, last_us, pixel, step - 1)
-        assert (np.diff(t) >= 0).all()
-        assert (t >= (step - 1) * 1e6 / simulate.FPS - 1).all() and (t < step * 1e6 / simulate.FPS).all()
-        counts.append(len(t))
-        before = image
-    assert sum(counts[:59]) > 500 and sum(counts[60:]) == 0
-    assert np.abs(level - before).max() < 0.21  # every pixel has told all but less than a threshold (or its dead time)
+        events = sensor.events(simulate.render(scene, [car], step)[0], step - 1)
+        counts.append(sum(len(t) for t, _, _ in events))
+    assert sum(counts[:59]) > 500 and sum(counts[59:]) == 0
+    assert np.abs(sensor.level - sensor.before).max() < 0.201  # all but a threshold was told
 
 
-def test_events_follow_the_contrast_threshold_model():
-    pixel = SimpleNamespace(on=np.array([0.2], "f4"), off=np.array([0.25], "f4"), leak=np.zeros(1, "f4"), noise=0,
-                            hot=np.zeros(0, int), hot_rate=0)
-    rng, span = np.random.default_rng(0), 1e6 / simulate.FPS
-    level = np.zeros(1, "f4")
-    t, _, p = simulate.make_events(rng, np.array([0.9], "f4"), np.zeros(1, "f4"), level, np.full(1, -1e9), pixel, 10)
-    np.testing.assert_allclose(t, (10 + np.arange(1, 5) * 0.2 / 0.9) * span, atol=2)  # crossings at 0.2, 0.4, 0.6, 0.8
-    assert p.all() and abs(level[0] - 0.8) < 1e-6
-    t, _, p = simulate.make_events(rng, np.zeros(1, "f4"), np.array([0.9], "f4"), level, np.full(1, -1e9), pixel, 11)
-    np.testing.assert_allclose(t, (11 + (0.9 - np.array([0.55, 0.3, 0.05])) / 0.9) * span, atol=2)
-    assert not p.any()
-    zero = np.zeros(1, "f4")
-    t, _, _ = simulate.make_events(rng, zero + 30, zero, zero.copy(), np.full(1, -1e9), pixel, 0)
-    assert len(t) < 2  # 150 crossings within one step: faster than the dead time
-
-
-def test_hidden_unmoved_and_tiny_things_have_no_label():
-    scene, car = still_scene()
-    options = SimpleNamespace(width=64, height=48, sizes=(3.0, 8.0))
-    car.box[:] = (10, 20, 16, 8, 0)
-
-    def labels(things, step):
-        return list(simulate.labels_at(things, step, simulate.render(scene, things, step)[1], options))
-
-    car.pace[:] = 0
-    assert labels([car], 0) == []  # it stands and always did
-    car.pace[:] = 200
-    assert [label[1:6] for label in labels([car], 0)] == [(10, 20, 16, 8, 1)]
-    _, wall = still_scene()
-    wall.kind, wall.images, wall.Z = 10, np.ones((1, 40, 2, 40), "f4"), car.Z - 1
-    wall.box[:] = (8, 10, 15, 20, 0)
-    wall.pace[:] = 0
-    assert labels([car, wall], 0) == []
-    car.box[:] = (10, 20, 6, 5, 0)
-    assert labels([car], 0) == []
-
-
-def test_an_interrupted_simulation_leaves_no_half_recording_and_resumes(small_traffic, tmp_path, monkeypatch):
-    calls, make_events = [], simulate.make_events
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 250:  # in the second recording
-            raise KeyboardInterrupt
-        return make_events(*arguments)
-
-    monkeypatch.setattr(simulate, "make_events", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_simulate_interrupted_leaves_no_half_recording(small_traffic, tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "save", lambda *a: 1 / 0)  # once the events are written
+    with pytest.raises(ZeroDivisionError):
         simulate.simulate(tmp_path, 0, **SMALL_SCENE)
-    assert [path.name for path in tmp_path.glob("*/*_td.h5")] == ["train_0000_td.h5"]
-    monkeypatch.setattr(simulate, "make_events", make_events)
-    simulate.simulate(tmp_path, 0, **SMALL_SCENE | dict(val=0))
-    for one, other in zip(*(recording_of(folder / "train" / "train_0001_td.h5") for folder in (small_traffic, tmp_path))):
-        np.testing.assert_array_equal(one, other)
-    assert len(calls) == 250
+    assert not list(tmp_path.glob("*/*_td.h5"))
+    monkeypatch.undo()
+    simulate.simulate(tmp_path, 0, **SMALL_SCENE)
+    both = [raw_recording(folder, SMALL_NAMES[0]) for folder in (small_traffic, tmp_path)]
+    assert all(map(np.array_equal, *both))
+    monkeypatch.setattr(simulate, "make_scene", lambda *a: pytest.fail("simulated again"))
+    simulate.simulate(tmp_path, 0, **SMALL_SCENE)
 
 
-def test_the_toy_set_is_made_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
+def test_ensure_toy_makes_the_set_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
     monkeypatch.setattr(simulate, "defaults", simulate.defaults | SMALL_SCENE)
-    prepare_set = simulate.prepare
-
-    def interrupted(*arguments, **changes):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(simulate, "prepare", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        simulate.ensure_toy(tmp_path / "toy", 0)
-    monkeypatch.setattr(simulate, "prepare", prepare_set)
+    (tmp_path / "toy/.partial").mkdir(parents=True)  # as an interrupted prepare.py leaves it
     simulate.ensure_toy(tmp_path / "toy", 0)
-    assert len(list((tmp_path / "toy" / "train").iterdir())) == 2
-    got = load(tmp_path / "toy" / "val" / "val_0000")
-    assert got["event_representations_ds2_nearest.h5"].shape[1:] == (20, 24, 32) and got["labels"]["w"].min() < 10
-    capsys.readouterr()
-    shutil.rmtree(tmp_path / "toy_raw")
+    assert len(list((tmp_path / "toy/val").iterdir())) == 2
+    prepared = load(tmp_path / "toy/val/val_0000")
+    assert prepared["event_representations_ds2_nearest.h5"].shape[1:] == (20, 24, 32)
+    assert prepared["labels"]["w"].min() < 10
+    monkeypatch.setattr(simulate, "simulate", lambda *a: pytest.fail("made again"))
     simulate.ensure_toy(tmp_path / "toy", 0)
-    assert not (tmp_path / "toy_raw").exists() and capsys.readouterr().out == ""
 
 
-def test_wrong_simulation_options_are_named(tmp_path):
+def test_simulate_names_wrong_options(tmp_path):
     with pytest.raises(ValueError, match="sizes=.9, 6."):
         simulate.simulate(tmp_path, sizes=(9, 6))
+    with pytest.raises(ValueError, match="0.2 or more"):
+        simulate.simulate(tmp_path, seconds=0.0)
     with pytest.raises(ValueError, match="unknown key"):
         simulate.main(["--second=3"])
-
-
