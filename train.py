@@ -42,9 +42,6 @@ sequence_length = 5                 # T, frames of 50 ms per training step (trun
 batch_size, eval_batch_size = 6, 2  # B, streams in a micro-batch of one process; streams in a batch of the validation
 gradient_accumulation_steps = 1     # micro-batches in a step, each a group of streams with states of its own
 num_workers = 4                     # threads that load ahead; 0: load when a step needs it
-# probability of a horizontal flip, that a run is zoomed out, and that a random window is zoomed, in or out
-flip, zoom_stream, zoom_random = 0.5, 0.5, 0.8
-zoom_in_share, zoom_in_max, zoom_out_max = 0.8, 1.5, 1.2  # share of zooms of a window that go in; factors: 1 to these
 # ---- size-aware loss
 size_aware_loss, size_aware_weight = False, 2.0  # on or off; weight of the smallest boxes
 small_threshold, medium_threshold = 1024.0, 9216.0  # areas in input pixels^2; 0: a tercile of the data set's
@@ -69,6 +66,7 @@ wandb_log, wandb_project, wandb_group, wandb_run_name = False, "nanorvt", "", "r
 
 defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 defaults |= {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+defaults |= {field.name: field.default for field in dataclasses.fields(data.Augmentation)}
 
 MEANS = ("loss", "iou", "obj", "cls", "num_fg", "grad_norm")  # logged as means over an interval
 MEMORY = "lower batch_size (raise gradient_accumulation_steps), eval_batch_size, sequence_length or set --checkpointing"
@@ -177,7 +175,8 @@ def train(config, checkpoint=None):
         for key, tercile in zip(("small_threshold", "medium_threshold"), data.size_thresholds(sequences)):
             setattr(config, key, getattr(config, key) or tercile)
     groups, B, T = config.gradient_accumulation_steps, config.batch_size, config.sequence_length
-    train_data = data.TrainData(sequences, rank=rank, world_size=world, pin_memory=cuda, **{
+    augmentation = data.Augmentation(**{f.name: getattr(config, f.name) for f in dataclasses.fields(data.Augmentation)})
+    train_data = data.TrainData(sequences, augmentation=augmentation, rank=rank, world_size=world, pin_memory=cuda, **{
         key: getattr(config, key) for key in inspect.signature(data.TrainData).parameters if hasattr(config, key)})
 
     # model, optimiser
