@@ -212,18 +212,24 @@ class Sequence:
 
 
 def check_frames(sequence):
-    """Decode every frame of a sequence; ValueError names the first that does not."""
+    """Decode every frame. ValueError: one is damaged, or most are empty although there are labels."""
+    empty = 0
     for frame in range(sequence.length):
-        sequence.read(frame, frame + 1)
+        if not sequence.read(frame, frame + 1).any():
+            empty += 1
+    if sequence.boxes and empty > 0.9 * sequence.length:
+        raise ValueError(f"{sequence.path}: labelled, but {empty} of {sequence.length} windows hold "
+                         "no events; do events and labels have the same clock?")
 
 
-def open_split(data_dir, split, num_classes=0, resolution="auto", findings=None):
+def open_split(data_dir, split, num_classes=0, resolution="auto", labelled=False, findings=None):
     """Sequences of DATA/split by name, each checked and its last frame decoded.
 
     resolution: "auto" takes the half-resolution file where there is one, "half" and "full" insist.
-    ValueError: split missing or empty, a sequence damaged, sizes that differ, a class id from
-    num_classes on (0: unchecked). Given a list of `findings`, every frame is decoded, these lines
-    go there, and the sequences that are fine come back.
+    ValueError: split missing or empty, or without a labelled frame where `labelled`; a sequence
+    damaged, sizes that differ, a class id from num_classes on (0: unchecked). Given a list of
+    `findings`, all frames are checked, these lines go there, and the sequences that are fine come
+    back.
     """
     folder = Path(data_dir) / split
     sequences = []
@@ -239,8 +245,12 @@ def open_split(data_dir, split, num_classes=0, resolution="auto", findings=None)
             sequences.append(sequence)
         except ValueError as error:
             found.append(str(error))
-    if not paths:
+    if not folder.is_dir():
+        found.append(f"no such folder: {folder}; prepare.py makes it")
+    elif not paths:
         found.append(f"{folder}: no sequences; prepare.py prepares them")
+    elif labelled and not found and not any(sequence.boxes for sequence in sequences):
+        found.append(f"{folder}: no labelled frames; prepare its recordings with their labels")
     if findings is not None:
         findings += found
     elif found:
@@ -251,8 +261,10 @@ def open_split(data_dir, split, num_classes=0, resolution="auto", findings=None)
 def load_classes(data_dir, class_names=(), num_classes=0):
     """Names of the classes: those in DATA/dataset.json, else class_names, else "0", "1", ...
 
-    ValueError: none, a damaged file, or not num_classes (0: any number).
+    ValueError: none, a damaged file, or not num_classes (0: any number); no such folder.
     """
+    if not Path(data_dir).exists():
+        raise ValueError(f"no such folder: {data_dir}")
     path = Path(data_dir) / "dataset.json"
     names = class_names or map(str, range(num_classes))
     with reading(path):
@@ -552,7 +564,7 @@ def main(argv):
     findings = []
     sides = {}
     for split in config["split"]:
-        sequences = open_split(root, split, len(names), findings=findings)
+        sequences = open_split(root, split, len(names), labelled=True, findings=findings)
         frames = sum(sequence.length for sequence in sequences)
         labelled = sum(len(sequence.boxes) for sequence in sequences)
         boxes = all_boxes(sequences)

@@ -189,6 +189,17 @@ def test_open_split_says_what_to_do_where_a_split_is_missing_or_empty(tmp_path):
     for split in ("train", "val"):
         with pytest.raises(ValueError, match=f"{split}.*prepare.py"):
             open_split(tmp_path, split)
+    with pytest.raises(ValueError, match="no such folder: .*/typo"):
+        open_split(tmp_path, "typo")
+
+
+def test_open_split_names_a_split_without_labels_where_they_are_asked_for(tmp_path):
+    make_set(tmp_path, [[], []], "val", length=3)
+    assert len(open_split(tmp_path, "val")) == 2
+    with pytest.raises(ValueError, match="/val: no labelled frames"):
+        open_split(tmp_path, "val", labelled=True)
+    make_set(tmp_path / "b", [[], [1]], "val", length=3)
+    assert len(open_split(tmp_path / "b", "val", labelled=True)) == 2
 
 
 def test_open_split_refuses_class_ids_beyond_the_classes_and_other_sizes(tmp_path):
@@ -213,6 +224,8 @@ def test_load_classes_takes_dataset_json_then_the_caller_then_numbers(tmp_path):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(ValueError, match="dataset.json"):
             data.load_classes(tmp_path)
+    with pytest.raises(ValueError, match="no such folder: .*typo"):
+        data.load_classes(tmp_path / "typo", ("car", "tram"))
 
 
 # ---- augmentation
@@ -566,3 +579,19 @@ def test_data_main_lists_what_training_would_fail_on(tmp_path, capsys):
     with pytest.raises(ValueError, match="findings: 1"):
         data.main([str(tmp_path), "--split=val", "--class_names=car", "--picture="])
     assert "class ids from 1 on" in capsys.readouterr().out
+
+
+def test_data_main_finds_other_clocks_and_a_split_without_labels(tmp_path, capsys):
+    write_sequence(tmp_path / "train" / "a", {1: [BOX]}, 30)
+    make_set(tmp_path, [[]], "val", length=10)
+    file = open_split(tmp_path, "train")[0].file
+    for start, findings in ((2, 2), (3, 1)):  # most events lie beyond the labelled time
+        data.open_events.cache_clear()
+        with h5py.File(file, "a") as opened:
+            opened["data"][:] = 0
+            opened["data"][:start, 0] = 1
+        with pytest.raises(ValueError, match=f"findings: {findings}"):
+            data.main([str(tmp_path), "--picture="])
+    out = capsys.readouterr().out
+    assert f"FINDING: {tmp_path}/train/a: labelled, but 28 of 30 windows hold no events" in out
+    assert f"FINDING: {tmp_path}/val: no labelled frames" in out
