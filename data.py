@@ -102,7 +102,7 @@ def load_boxes(path, num_classes):
 def open_events(path):
     """Dataset `data` uint8 (N, 20, H, W) of an event file, kept open; ValueError: it is another."""
     with reading(path):
-        data = h5py.File(path, "r")["data"]
+        data = h5py.File(path, "r", locking=False)["data"]  # network file systems lack locks
         fits = data.ndim == 4 and data.shape[1] == CHANNELS and 0 not in data.shape
         if data.dtype != np.uint8 or not fits:
             raise ValueError(f"{data}: expected uint8 (N, {CHANNELS}, H, W)")
