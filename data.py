@@ -580,7 +580,10 @@ def main(argv):
     if findings:
         raise ValueError(f"{root}: training would fail, findings: {len(findings)}")
     if config["picture"]:
-        draw_box_sizes(config["picture"], sides)
+        try:
+            draw_box_sizes(config["picture"], sides)
+        except OSError as error:
+            print(f"WARNING: no picture of box sizes: {error}")
 
 
 if __name__ == "__main__":

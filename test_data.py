@@ -568,6 +568,8 @@ def test_data_main_counts_and_draws_what_a_set_holds(tmp_path, capsys):
     assert "1 boxes of class 0 car, median side 27 pixels" in out  # 31 x 23
     assert "4 boxes of class 1 tram, median side 9 pixels" in out  # 10 x 8, one 5.5 x 10
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+    data.main([str(tmp_path), f"--picture={tmp_path}/dataset.json/sizes.png"])  # no folder
+    assert "WARNING: no picture of box sizes: " in capsys.readouterr().out
 
 
 def test_data_main_lists_what_training_would_fail_on(tmp_path, capsys):
