@@ -266,11 +266,11 @@ def load_classes(data_dir, class_names=(), num_classes=0):
     if not Path(data_dir).exists():
         raise ValueError(f"no such folder: {data_dir}")
     path = Path(data_dir) / "dataset.json"
-    names = class_names or map(str, range(num_classes))
+    names = class_names or range(num_classes)
     with reading(path):
         if path.is_file():
             names = json.loads(path.read_bytes())["classes"]
-        names = tuple(name + "" for name in names)
+        names = tuple(str(name) for name in names)  # --class_names=30,50 gives numbers
         if not names or num_classes not in (0, len(names)):
             raise ValueError(f"{len(names)} class_names, {num_classes=}; wrong data_dir?")
     return names
