@@ -30,6 +30,17 @@ def reading(what):
         raise ValueError(f"{what}: {' '.join(str(error).split()) or repr(error)}") from error
 
 
+def check_blosc(chunk, nbytes):
+    """ValueError unless the header of a Blosc 1 chunk (bytes) tells its sizes as they are.
+
+    nbytes: bytes once decoded. Decoders trust the header, and crash where it lies.
+    Source: README_CHUNK_FORMAT.rst of c-blosc 1.
+    """
+    header = np.frombuffer(chunk, "<u4", 4)  # flags, bytes decoded, block size, bytes of the chunk
+    if header[1] != nbytes or header[3] != len(chunk):
+        raise ValueError("sizes in a Blosc chunk's header are damaged")
+
+
 def write(path, contents):
     """Text, or what contents(file) writes, to a temporary file, flushed and renamed: `path` is whole, old or new.
 

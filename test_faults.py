@@ -75,26 +75,6 @@ def survive(cases, least=10):
     assert min(found.values()) >= least, found
 
 
-def test_damaged_prepared_sequences_are_named(tmp_path):
-    rng, whole = np.random.default_rng(0), tmp_path / "whole"
-    write_sequence(whole, {2: [BOX], 5: [BOX, BOX], 6: [BOX]}, 8, seed=1)
-    contents = {path.relative_to(whole): path.read_bytes() for path in sorted(whole.rglob("*.*"))}
-
-    def read(root):
-        train = plan(open_split(root, "train", num_classes=8), batch_size=1)
-        for k in range(train.steps_per_epoch):
-            augment(*train[k][:3])
-
-    def cases():
-        for case in range(120 * FUZZ):
-            root, name = tmp_path / str(case), list(contents)[case % len(contents)]
-            changed = contents | {name: damaged(rng, contents[name], list(contents.values()))}
-            yield (f"case {case}, {name}", root / "train", {root / "train" / "s" / file: content for file, content in
-                   changed.items()}, lambda: read(root))
-
-    survive(cases())
-
-
 def raw_recordings(folder):
     """{name: content} of the same small recording in several formats: HDF5 (Blosc), DAT and, by faery, EVT2 and EVT3."""
     folder.mkdir()
