@@ -195,7 +195,7 @@ def some_events(count, end_us, size=(48, 64), seed=0):
 
 
 def some_labels(times, w=20, h=12, class_id=0, x=5, y=6):
-    boxes = np.zeros(len(times), prepare.LABEL)
+    boxes = np.zeros(len(times), BOX_DTYPE)
     for key, value in dict(t=times, x=x, y=y, w=w, h=h, class_id=class_id, class_confidence=1).items():
         boxes[key] = value
     return boxes
