@@ -8,9 +8,9 @@ PY = .venv/bin/python
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/tests: .venv/done  # the tests also read vendor formats and write mp4
-	$(PY) -m pip install --quiet --disable-pip-version-check pytest==9.2.0 pytest-xdist==3.8.0 faery==0.7.1 \
-		imageio-ffmpeg==0.8.1
+.venv/tests: .venv/done  # the tests also read vendor formats, write mp4, and score by pycocotools
+	$(PY) -m pip install --quiet --disable-pip-version-check pytest==9.2.0 pytest-xdist==3.8.0 pycocotools==2.0.11 \
+		faery==0.7.1 imageio-ffmpeg==0.8.1
 	touch $@
 
 .PHONY: train test soak
