@@ -46,7 +46,7 @@ import simulate
 import train
 from checkpoint import load_detector, load_rvt, read_checkpoint
 from data import TrainData, View, augment, index_map, make_loader, move_boxes, open_split
-from detect import METRICS, SIZES, StreamDetector, detections, nms, run, score_boxes
+from detect import SIZES, StreamDetector, detections, nms, run, score_boxes
 from eval import compare, report
 from formats import BOX_DTYPE
 from loss import SizeAware, assign, detection_loss, size_weights
