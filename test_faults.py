@@ -208,62 +208,6 @@ def test_damaged_label_files_are_named(tmp_path):
     survive(cases())
 
 
-def changed(rng, whole, path):
-    """What was done to the nested dict `whole`, saved at `path`: one thing in it is gone, swapped, or of another kind."""
-    found = place = copy.deepcopy(whole)
-    while True:
-        key = list(place if isinstance(place, dict) else range(len(place)))[rng.integers(len(place))]
-        if not isinstance(place[key], (dict, list)) or not place[key] or rng.random() < 0.2:
-            break
-        place = place[key]
-    value, kind = place.pop(key), rng.integers(4)
-    if kind == 1 and place:
-        other = list(place)[rng.integers(len(place))] if isinstance(place, dict) else 0
-        value, place[other] = place[other], value
-    odd = [None, "word", -1, 0, 2**62, math.nan, [], {}, torch.zeros(3), (1, 2), Hostile()]
-    if torch.is_tensor(value):
-        odd += [value[None], value * math.nan, value.to(torch.complex64), value.to_sparse(), value.flatten()[:1], value.bool()]
-    if kind:
-        new = value if kind == 1 else odd[rng.integers(len(odd))]
-        place.insert(key, new) if isinstance(place, list) else place.update({key: new})
-    torch.save(found, path)
-    return f"{key!r}: {str(value)[:40]!r}, {kind}"
-
-
-def damaged_checkpoints(rng, number, folder, whole, *actions):
-    """Cases of damaged bytes and of damaged contents in turn, each for one of the actions(path)."""
-    torch.save(whole, folder / "whole.pt")
-    content = (folder / "whole.pt").read_bytes()
-    for case in range(number * FUZZ):
-        what = changed(rng, whole, folder / "changed.pt") if case % 3 else "bytes"
-        damage = (folder / "changed.pt").read_bytes() if case % 3 else damaged(rng, content, [b"", content[:999]])
-        path, action = folder / str(case) / "ckpt.pt", actions[case % len(actions)]
-        yield f"case {case}, {what}", path, {path: damage}, lambda: action(path)
-
-
-def test_damaged_checkpoints_are_named(tmp_path, traffic, monkeypatch):
-    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}/whole", "--embed_dim=8", "--fpn_stages=1,2"]
-    for name in ("run", "score_boxes", "report", "pictures", "compare"):  # slow
-        monkeypatch.setattr(evaluation, name, lambda *a, **k: dict.fromkeys(("AP", "AP50"), 0.5))
-    assert run_train(*argv, "--max_steps=1") == 0
-    whole = torch.load(tmp_path / "whole" / "ckpt.pt", weights_only=True)
-    monkeypatch.setattr(train, "write", lambda *a: ...)  # so that a run that goes on leaves its checkpoint as it was
-
-    def evaluate(path):
-        evaluation.main(["--ckpt", str(path), f"--data_dir={traffic}", "--num_workers=0", f"--out_dir={path.parent}/a"])
-
-    def resume(path):
-        run_train(f"--out_dir={path.parent}", f"--data_dir={traffic}", "--init_from=resume", "--max_steps=2", *TINY[-3:])
-
-    survive(damaged_checkpoints(np.random.default_rng(3), 120, tmp_path, whole, resume, load_detector, evaluate))
-
-
-def test_damaged_rvt_checkpoints_are_named(tmp_path):
-    weights = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)["checkpoint"]["state_dict"]
-    survive(damaged_checkpoints(np.random.default_rng(4), 40, tmp_path, {"state_dict": weights, "epoch": 3},
-                                lambda path: load_detector(path, (128, 160), 1)))
-
-
 # ==== twenty thousand frames in constant memory
 
 def resident_mb():
