@@ -1,84 +1,171 @@
 """Checkpoint files -> detectors: ours and RVT's, read without running code.
 
+In: what train.py wrote, or a Lightning checkpoint of RVT or its eTraM fork. Out: a Detector with
+its weights, or one line that says what does not fit.
+
     model = load_detector("out/best.pt")
 """
 
+import dataclasses
 import re
 
 import torch
 
-from formats import reading, require
+from formats import reading
 from model import Detector, ModelConfig
+
+
+def is_checkpoint(found):
+    """Whether `found` holds weights, ours or RVT's, and a dict wherever a checkpoint has one."""
+    if not isinstance(found, dict):
+        return False
+    dicts = {key for key, value in found.items() if isinstance(value, dict)}
+    if "config" in found and "config" not in dicts:
+        return False
+    return {"model", "model_config"} <= dicts or "state_dict" in dicts
+
 
 def read_checkpoint(path):
     """Contents of a checkpoint file (ours or RVT's) on the CPU, read without running code.
 
-    ValueError in one line: no such file, truncated, no checkpoint, or holding objects that only unpickling could make.
+    ValueError in one line: no such file, truncated, no checkpoint, or with objects in it that only
+    running code could restore.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
     except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for damaged files
-        what = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint, or truncated"
-        if culprit := re.search(r"GLOBAL (\S+)", str(error)):
-            what = (f"{culprit[1]} in it could run code; if you trust it, convert it: python -c \"import torch; "
-                    f"torch.save(dict(state_dict=torch.load('{path}', weights_only=False)['state_dict']), 'ok.ckpt')\"")
+        what = "not a checkpoint, or truncated"
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        if unsafe:
+            what = (
+                f"{unsafe[1]} in it could run code; if you trust it, convert it: python -c "
+                f"\"import torch; found = torch.load('{path}', weights_only=False); "
+                "torch.save({'state_dict': found['state_dict']}, 'weights.ckpt')\""
+            )
         raise ValueError(f"{path}: {what}") from error
-    parts = {key for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else set()
-    if not {"model", "model_config"} <= parts and "state_dict" not in parts or "config" in found.keys() - parts:
-        raise ValueError(f"{path}: a file of torch, but no checkpoint of nanoRVT or RVT (no 'model' or 'state_dict')")
+    if not is_checkpoint(found):
+        raise ValueError(f"{path}: no checkpoint of nanoRVT or RVT (no 'model' or 'state_dict')")
     return found
 
 
-# (RVT's name, ours) as regular expressions, applied in turn
-RVT_NAMES = [(r"backbone.|downsample_cf2cl.|self_attn.", ""), (r"att_blocks.0.att_window", "attention.0"),
-             (r"att_blocks.0.att_grid", "attention.1"), (r"ls(\d).gamma", r"scale\1"), (r"mlp.net.0.0", "fc1"),
-             (r"mlp.net.2", "fc2"), (r"lstm.conv1x1", "lstm.gates"), (r"C3_p4", "top_down.1"), (r"C3_p3", "top_down.0"),
-             (r"lateral_conv0", "lateral.1"), (r"reduce_conv1", "lateral.0"), (r"C3_n3", "bottom_up.0"),
-             (r"bu_conv2", "down.0"), (r"bu_conv1", "down.1"), (r"C3_n4", "bottom_up.1"), (r"(m\.\d+).conv1", r"\1.0"),
-             (r"(m\.\d+).conv2", r"\1.1"), (r"yolox_head.(stem|\w+_pred|\w+_convs)s?.(\d)", r"heads.\2.\1")]
+def shape(x):
+    """Shape of a plain tensor as text; of anything else the type."""
+    if x is None:
+        return "missing"
+    if torch.is_tensor(x) and x.layout == torch.strided and not x.is_meta:
+        return str(tuple(x.shape))
+    return type(x).__name__
 
 
-def load_weights(model, weights, where):
-    """Copy a state dict into `model`; ValueError names what is missing, left over or of another shape."""
-    own, given = ({k: tuple(x.shape) if torch.is_tensor(x) and x.layout == torch.strided and not x.is_meta else type(x)
-                   for k, x in found.items()} for found in (model.state_dict(), weights))
-    wrong = sorted(f"{key} is {given.get(key, 'missing')}, expected {own.get(key, 'nothing')}"
-                   for key in own.keys() | given.keys() if own.get(key) != given.get(key))
-    require(not wrong, f"{where}: {len(wrong)} weights do not fit this architecture: {'; '.join(wrong[:3])}")
+def load_weights(model, weights, where, new_classes=False):
+    """Copy a state dict into `model`; ValueError names what is missing, left over or misshapen.
+
+    new_classes: where nothing but the class layers does not fit, for they have another number of
+    classes, these stay as they are in `model`, and a line says so.
+    """
+    own = model.state_dict()
+    wrong = {}
+    for name in own | weights:
+        has = shape(weights.get(name))
+        needs = shape(own.get(name))
+        if has != needs:
+            wrong[name] = f"{name} is {has} in the file, {needs} in the model"
+    first = "; ".join(list(wrong.values())[:3])
+    if wrong and new_classes and all(".cls_pred." in name for name in wrong):
+        print(f"{where}: the class layers start from scratch: {first}")
+        weights = own | {name: x for name, x in weights.items() if name not in wrong}
+    elif wrong:
+        raise ValueError(f"{where}: {len(wrong)} weights do not fit this architecture: {first}")
     model.load_state_dict(weights)
     return model
 
 
-def load_rvt(path, **overrides):
-    """Detector with the weights of a Lightning checkpoint of RVT or its eTraM fork, under our names.
+# parts of names in RVT's checkpoints: what they are called here
+RVT_NAMES = {
+    "backbone.": "",
+    "downsample_cf2cl.": "",
+    "att_blocks.0.att_window": "attention.0",
+    "att_blocks.0.att_grid": "attention.1",
+    "self_attn.": "",
+    "ls1.gamma": "scale1",
+    "ls2.gamma": "scale2",
+    "mlp.net.0.0": "fc1",
+    "mlp.net.2": "fc2",
+    "lstm.conv1x1": "lstm.gates",
+    "lateral_conv0": "lateral.1",
+    "reduce_conv1": "lateral.0",
+    "C3_p4": "top_down.1",
+    "C3_p3": "top_down.0",
+    "bu_conv2": "down.0",
+    "bu_conv1": "down.1",
+    "C3_n3": "bottom_up.0",
+    "C3_n4": "bottom_up.1",
+    "m.0.conv1": "m.0.0",
+    "m.0.conv2": "m.0.1",
+    "m.1.conv1": "m.1.0",
+    "m.1.conv2": "m.1.1",
+    "m.2.conv1": "m.2.0",
+    "m.2.conv2": "m.2.1",
+    "stems": "stem",
+    "preds": "pred",
+}
 
-    embed_dim, patch_size, fpn_depth and num_classes are read off the weights; input_hw, partition_split and dim_head
-    come as overrides, since no weight tells them. ValueError names every weight that is unmatched.
+
+def our_name(name):
+    """Name of a weight of RVT in our Detector."""
+    for part, ours in RVT_NAMES.items():
+        name = name.replace(part, ours)
+    if name.startswith("yolox_head."):  # yolox_head.cls_pred.0.bias -> heads.0.cls_pred.bias
+        _, part, level, rest = name.split(".", 3)
+        name = f"heads.{level}.{part}.{rest}"
+    return name
+
+
+def load_rvt(path, new_classes=False, **overrides):
+    """Detector with the weights of a Lightning checkpoint of RVT or its eTraM fork.
+
+    embed_dim, patch_size, fpn_depth and num_classes are read off the weights; input_hw,
+    partition_split and dim_head come as overrides, since no weight tells them. new_classes and
+    ValueError as in load_weights.
     """
-    weights = {key[4:]: value for key, value in read_checkpoint(path).get("state_dict", {}).items()
-               if key.startswith("mdl.") and isinstance(value, torch.Tensor)}
+    found = read_checkpoint(path)
+    weights = {}
     with reading(f"{path}: no checkpoint of RVT, or not all of its weights"):
-        stem = weights["backbone.stages.0.downsample_cf2cl.conv.weight"]
-        bottlenecks = len({key.split(".")[3] for key in weights if key.startswith("fpn.C3_p4.m.")})
-        told = dict(embed_dim=stem.shape[0], patch_size=(stem.shape[2] + 1) // 2, fpn_depth=round(bottlenecks / 3, 2),
-                    num_classes=weights["yolox_head.cls_preds.0.weight"].shape[0])
-    for pattern, name in RVT_NAMES:
-        weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
-    # a 1x1 convolution is linear
-    weights = {key: x.flatten(1) if "lstm" in key and x.ndim == 4 else x for key, x in weights.items()}
-    return load_weights(Detector(ModelConfig(**told | overrides)), weights, path)
+        for name, x in found["state_dict"].items():
+            if name.startswith("mdl."):
+                weights[our_name(name[4:])] = x
+        for name, x in weights.items():
+            if name.endswith("lstm.gates.weight"):
+                weights[name] = x.flatten(1)  # a 1x1 convolution is linear
+        depth = 0
+        while f"fpn.top_down.0.m.{depth}.0.conv.weight" in weights:
+            depth += 1
+        stem = weights["stages.0.conv.weight"]
+        told = {
+            "embed_dim": stem.shape[0],
+            "patch_size": (stem.shape[2] + 1) // 2,
+            "fpn_depth": round(depth / 3, 2),
+            "num_classes": len(weights["heads.0.cls_pred.weight"]),
+        }
+        model = Detector(ModelConfig(**told | overrides))
+    return load_weights(model, weights, path, new_classes)
 
 
 def load_detector(path, input_hw=None, partition_split=0, dim_head=32):
-    """Detector of a checkpoint, ours or RVT's, for frames of input_hw (None: those it was trained on; RVT's need it).
+    """Detector of a checkpoint, ours or RVT's. ValueError: no checkpoint of either kind.
 
-    partition_split, dim_head: RVT's checkpoints do not tell these. ValueError: no checkpoint of either kind.
+    input_hw: (H, W) of the frames; None: those it was trained on, which RVT's do not tell.
+    partition_split, dim_head: for RVT's, which do not tell these either.
     """
-    file = read_checkpoint(path)
-    if "model_config" not in file:
-        return load_rvt(path, input_hw=input_hw, partition_split=partition_split, dim_head=dim_head)
+    found = read_checkpoint(path)
+    if "model_config" not in found:
+        told = dict(input_hw=input_hw, partition_split=partition_split, dim_head=dim_head)
+        return load_rvt(path, **told)
     with reading(path):
-        # no weight depends on these two
-        new = {} if input_hw in (None, file["model_config"]["input_hw"]) else dict(input_hw=input_hw, partition_split=0)
-        model = Detector(ModelConfig(**file["model_config"] | new))
-    return load_weights(model, file["model"], path)
+        config = ModelConfig(**found["model_config"])
+        if input_hw not in (None, config.input_hw):  # no weight depends on these two
+            config = dataclasses.replace(config, input_hw=input_hw, partition_split=0)
+        model = Detector(config)
+    return load_weights(model, found["model"], path)

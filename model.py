@@ -1,17 +1,19 @@
-"""Event frames -> box predictions: MaxViT-RNN backbone, PA-FPN over 2 to 4 scales, small-object attention, YOLOX head.
+"""Event frames -> box predictions: MaxViT-RNN backbone, pyramid over 2 to 4 scales, YOLOX head.
 
-In: uint8 event histograms (T, B, 20, H, W) and the recurrent state of each stream. Out: decoded boxes with logits for
-every anchor of the chosen frames, and the next state. Only the LSTMs look back in time, so each stage runs its
-convolution and attention on all T * B frames at once and then scans its LSTM over T. Source: RVT, arXiv 2212.05598.
+In: uint8 event histograms (T, B, 20, H, W) and the recurrent state of each stream. Out: boxes with
+logits for every anchor of the chosen frames, and the next state. Only the recurrent cells look back
+in time, so each stage runs its convolution and attention on all T * B frames at once and then scans
+its cell over T. Source: RVT, arXiv 2212.05598.
 
-    model = Detector(ModelConfig(input_hw=(360, 640), num_classes=8)); prediction, state = model(events)
+    model = Detector(ModelConfig(input_hw=(360, 640), num_classes=8))
+    prediction, state = model(events)
 """
 
-import ctypes
 import dataclasses
 import math
 from collections import namedtuple
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
+from itertools import islice, product
 
 import torch
 import torch.nn.functional as F
@@ -19,160 +21,231 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from formats import require
+from formats import CHANNELS
 
 Prediction = namedtuple("Prediction", "box_cxcywh obj cls grid")
 
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Everything that decides the network's shape. Saved whole in every checkpoint; the fields are config keys."""
+    """All that decides the network's shape. Saved in every checkpoint; its fields are config keys.
 
-    input_hw: tuple = (0, 0)            # rows and columns of the event frames; (0, 0): taken from the data
-    patch_size: int = 4                 # stride of the first stage: 2, 3 or 4
-    partition_split: int = 0            # attention groups: padded input / (8 * patch_size * split); 0: about 60 tokens
-    embed_dim: int = 64                 # width of stage 1; doubles with each stage
-    dim_head: int = 32                  # width of an attention head
-    fpn_stages: tuple = (2, 3, 4)       # backbone stages in the pyramid: 2 to 4 neighbours
-    fpn_depth: float = 0.67             # a CSP layer has round(3 * depth) bottlenecks
-    num_classes: int = 0                # 0: taken from the data
-    small_object_attention: bool = False
-    attention_spatial: bool = True      # parts of small_object_attention
-    attention_temporal: bool = True
-    checkpointing: bool = False         # recompute activations in the backward pass: less memory, more time
+    ValueError names a value that cannot work.
+    """
+
+    input_hw: tuple = (0, 0)       # rows and columns of the event frames; (0, 0): from the data
+    patch_size: int = 4            # stride of the first stage: 2, 3 or 4
+    partition_split: int = 0       # 0: attention groups of about 60 tokens; else of the rows and
+                                   # columns of the padded input / (8 * patch_size * split)
+    embed_dim: int = 64            # width of stage 1; doubles with each stage
+    dim_head: int = 32             # width of an attention head
+    fpn_stages: tuple = (2, 3, 4)  # stages in the pyramid: 2 to 4 neighbours, finest first
+    fpn_depth: float = 0.67        # a CSP layer has round(3 * depth) bottlenecks
+    num_classes: int = 0           # 0: from the data
+    small_object_attention: bool = False  # on the pyramid's outputs
+    attention_spatial: bool = True        # its spatial part
+    attention_temporal: bool = True       # its temporal part
+    checkpointing: bool = False    # recompute activations in the backward pass: less memory, slower
 
     def __post_init__(self):
-        self.input_hw, self.fpn_stages = tuple(map(int, self.input_hw)), tuple(self.fpn_stages)
-        if self.fpn_stages not in [tuple(range(low, high)) for low in (1, 2, 3) for high in range(low + 2, 6)]:
-            raise ValueError(f"fpn_stages={self.fpn_stages}: expected 2 to 4 neighbours, finest first, like (2, 3, 4)")
-        if self.patch_size not in (2, 3, 4) or self.partition_split not in range(100):
-            raise ValueError(f"patch_size={self.patch_size}: 2, 3, 4; partition_split={self.partition_split}: 0 to 99")
-        if self.embed_dim < 8 or self.embed_dim % 8 or self.dim_head < 1 or self.embed_dim % self.dim_head:
-            raise ValueError(f"embed_dim={self.embed_dim}: expected a multiple of 8 and of dim_head={self.dim_head}")
-        self.strides = tuple(self.patch_size * 2 ** (k - 1) for k in self.fpn_stages)  # of the pyramid's levels
-        self.dims = [self.embed_dim * 2 ** (k - 1) for k in self.fpn_stages]  # their channels
-        unit = self.patch_size * 8 * max(self.partition_split, 1)
-        self.part = tuple(math.ceil(size / unit) for size in self.input_hw)  # token rows, columns of attention groups
-        self.padded_hw = tuple(tokens * unit for tokens in self.part)
+        choices = {
+            "patch_size": (2, 3, 4),
+            "partition_split": range(100),
+            "embed_dim": range(8, 4097, 8),
+            "dim_head": [d for d in range(1, 129) if self.embed_dim % d == 0],
+            "fpn_stages": ((1, 2), (2, 3), (3, 4), (1, 2, 3), (2, 3, 4), (1, 2, 3, 4)),
+        }
+        for key, allowed in choices.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                raise ValueError(f"{key}={value}: expected one of {allowed}")
+
+        # width and stride of each level of the pyramid
+        self.dims = [self.embed_dim * 2 ** (k - 1) for k in self.fpn_stages]
+        self.strides = tuple(self.patch_size * 2 ** (k - 1) for k in self.fpn_stages)
+        # rows and columns of tokens in an attention group, in every stage; input that groups tile
+        unit = 8 * self.patch_size * max(self.partition_split, 1)
+        ph, pw = (math.ceil(size / unit) for size in self.input_hw)
+        self.part = (ph, pw)
+        self.padded_hw = (unit * ph, unit * pw)
 
     def resolved(self):
-        """Copy with the partition split decided; ValueError where input size or classes are not known yet."""
-        require(min(*self.input_hw, self.num_classes) > 0, f"{self.input_hw=}, {self.num_classes=}: not all positive")
+        """Copy with the partition split decided; ValueError while size or classes are unknown."""
+        if min(*self.input_hw, self.num_classes) < 1:
+            raise ValueError(f"{self.input_hw=}, {self.num_classes=}: expected numbers above 0")
+        if self.partition_split:
+            return self
         splits = [dataclasses.replace(self, partition_split=split) for split in range(1, 9)]
-        return self if self.partition_split else min(splits, key=lambda c: abs(math.log(math.prod(c.part) / 60)))
+        return min(splits, key=lambda config: abs(math.log(math.prod(config.part) / 60)))
 
+
+# ---- recomputation in the backward pass
 
 @contextmanager
 def frozen_statistics(module):
-    """Batch norms of `module` normalise by the batch as ever, but their running statistics stay what they are."""
-    with ExitStack() as after:  # also where torch ends the recomputation early, which it does by an exception
-        for buffer in module.buffers():
-            after.callback(setattr, buffer, "data", buffer.clone())  # in place, autograd would take it for changed
+    """Batch norms of `module` normalise as usual inside; then their statistics are as before."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    try:
         yield
+    finally:  # torch ends a recomputation early, by an exception
+        for buffer, value in zip(module.buffers(), before):
+            buffer.data = value  # autograd would take a write in place for a change
 
 
-def recompute(again, module, *args):
-    """module(*args); if `again`, only the arguments are kept for the backward pass. Batch statistics move once."""
-    if not (again and torch.is_grad_enabled()):
-        return module(*args)
-    # a compiler recomputes without repeating mutations, and takes no contexts
-    once = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), frozen_statistics(module))}
-    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, **once)
+class Recomputable(nn.Module):
+    """A module that can keep its inputs alone for the backward pass, which computes the rest again.
+
+    Set `recomputed` where the module is built. Batch statistics still move once a step.
+    """
+
+    recomputed = False
+
+    def __call__(self, *args):
+        if not self.recomputed or not torch.is_grad_enabled():
+            return super().__call__(*args)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        # a compiler does not repeat side effects, and takes no contexts
+        if not torch.compiler.is_compiling():
+            options["context_fn"] = lambda: (nullcontext(), frozen_statistics(self))
+        return checkpoint(super().__call__, *args, **options)
 
 
 # ---- backbone
 
-# groups of ph x pw tokens that attend to each other: neighbours, or tokens H / ph rows and W / pw columns apart
-LAYOUT = {"window": "b (nh ph) (nw pw) c", "grid": "b (ph nh) (pw nw) c"}
+# Groups of ph x pw tokens that attend to each other: neighbours, or tokens H / ph rows and
+# W / pw columns apart.
+LAYOUT = {
+    "window": "b (nh ph) (nw pw) c",
+    "grid": "b (ph nh) (pw nw) c",
+}
 GROUPS = "(b nh nw) (ph pw) c"
 
 
-class PartitionAttention(nn.Module):
-    """Self-attention and MLP inside windows or grids of a map (B, H, W, C), each with pre-norm, scale and residual.
+class PartitionAttention(Recomputable):
+    """Self-attention and MLP in windows or grids of a map, each with pre-norm, scale and residual.
 
-    part = (ph, pw) divides (H, W). Source: MaxViT, arXiv 2204.01697.
+    x (B, H, W, C) -> like x; part = (ph, pw) divides (H, W). Source: MaxViT, arXiv 2204.01697.
     """
 
-    def __init__(self, dim, dim_head, part, mode, first_norm):
+    def __init__(self, dim, dim_head, part, mode):
         super().__init__()
-        self.sizes, self.layout, self.dim_head = {"ph": part[0], "pw": part[1]}, LAYOUT[mode], dim_head
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5) if first_norm else nn.Identity()
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.scale1, self.scale2 = (nn.Parameter(torch.full((dim,), 1e-5)) for _ in range(2))  # CaiT, arXiv 2103.17239
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.part = part
+        self.layout = LAYOUT[mode]
+        self.dim_head = dim_head
+        # windows come first in a stage, whose input was just normalised
+        self.norm1 = nn.LayerNorm(dim) if mode == "grid" else nn.Identity()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.scale1 = nn.Parameter(torch.full((dim,), 1e-5))  # CaiT, arXiv 2103.17239
+        self.norm2 = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+        self.scale2 = nn.Parameter(torch.full((dim,), 1e-5))
 
     def forward(self, x):
-        groups = {"nh": x.shape[1] // self.sizes["ph"], "nw": x.shape[2] // self.sizes["pw"]}
-        x = rearrange(x, f"{self.layout} -> {GROUPS}", **self.sizes)  # stays in groups through attention and MLP
-        qkv = rearrange(self.qkv(self.norm1(x)), "g n (heads d) -> g heads n d", d=3 * self.dim_head)
-        attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # each head: [q | k | v]
-        x = x + self.scale1 * self.proj(rearrange(attended, "g heads n d -> g n (heads d)"))
-        x = x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return rearrange(x, f"{GROUPS} -> {self.layout}", **self.sizes, **groups)
+        H, W = x.shape[1:3]
+        ph, pw = self.part
+        sizes = dict(ph=ph, pw=pw, nh=H // ph, nw=W // pw)
+        # the tokens stay in groups through attention and MLP
+        x = rearrange(x, f"{self.layout} -> {GROUPS}", **sizes)
+
+        qkv = self.qkv(self.norm1(x))
+        qkv = rearrange(qkv, "g n (heads qkv d) -> qkv g heads n d", qkv=3, d=self.dim_head)
+        attended = F.scaled_dot_product_attention(*qkv)
+        attended = rearrange(attended, "g heads n d -> g n (heads d)")
+        x = x + self.scale1 * self.proj(attended)
+
+        hidden = F.gelu(self.fc1(self.norm2(x)))
+        x = x + self.scale2 * self.fc2(hidden)
+        return rearrange(x, f"{GROUPS} -> {self.layout}", **sizes)
 
 
-class LSTMCell(nn.Module):
+class LSTMCell(Recomputable):
     """LSTM whose gates are 1x1 convolutions of a map: every position has a memory of its own.
 
-    x (B, H, W, C), h and c like x, c in float32 -> h, c. Gate order: forget, input, output, cell input.
+    x (B, H, W, C), state h and c like x, c in float32  ->  next h and c.
+
+    Another cell goes here: `states` is the number of tensors in its state, each of x's shape, zero
+    at the start of a stream and float32 between calls of the detector; forward(x, *state) returns
+    the next state, of which the first tensor is the output. The attribute of a stage stays `lstm`:
+    it is part of the weights' names.
     """
+
+    states = 2
 
     def __init__(self, dim):
         super().__init__()
         self.gates = nn.Linear(2 * dim, 4 * dim)
 
     def forward(self, x, h, c):
-        mix, g = self.gates(torch.cat((x, h), dim=-1)).split((3 * x.shape[-1], x.shape[-1]), dim=-1)
-        f, i, o = mix.sigmoid().chunk(3, dim=-1)
-        c = f * c + i * g.tanh()
-        return (o * c.tanh()).to(mix.dtype), c
+        C = x.shape[-1]
+        both = torch.cat((x, h.to(x.dtype)), dim=-1)
+        gates, new = self.gates(both).split((3 * C, C), dim=-1)
+        forget, update, output = gates.sigmoid().chunk(3, dim=-1)
+        c = forget * c + update * new.tanh()
+        h = output * c.tanh()
+        return h.to(x.dtype), c
 
 
 class Stage(nn.Module):
-    """Stage k = 0..3: downsampling, window and grid attention on all frames at once, then an LSTM over time.
+    """Stage k = 0..3: downsampling, window and grid attention on all frames, then a cell over time.
 
-    x (T * B, C_in, H, W), h and c (B, H/f, W/f, C)  ->  features (T * B, C, H/f, W/f), like x, and the next h and c
+    x (T * B, C_in, H, W), the cell's state (B, H / f, W / f, C) each
+    -> features (T * B, C, H / f, W / f), like x in dtype, and the next state in float32
     """
 
     def __init__(self, config, k):
         super().__init__()
-        self.checkpointing, dim, factor = config.checkpointing, config.embed_dim * 2 ** k, 2 if k else config.patch_size
-        self.conv = nn.Conv2d(dim // 2 if k else 20, dim, 2 * factor - 1, factor, padding=factor - 1, bias=False)
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.attention = nn.Sequential(*[PartitionAttention(dim, config.dim_head, config.part, mode, mode == "grid")
-                                         for mode in ("window", "grid")])
+        dim = config.embed_dim * 2 ** k
+        dim_in = dim // 2 if k else CHANNELS
+        factor = 2 if k else config.patch_size
+        self.conv = nn.Conv2d(dim_in, dim, 2 * factor - 1, factor, factor - 1, bias=False)
+        self.norm = nn.LayerNorm(dim)
+        self.attention = nn.Sequential(
+            PartitionAttention(dim, config.dim_head, config.part, "window"),
+            PartitionAttention(dim, config.dim_head, config.part, "grid"),
+        )
         self.lstm = LSTMCell(dim)
+        self.checkpointing = config.checkpointing
+        for module in (*self.attention, self.lstm):
+            module.recomputed = config.checkpointing
 
-    def forward(self, x, h, c):
-        tokens, B = self.norm(self.conv(x).permute(0, 2, 3, 1)), len(h)  # (T * B, H/f, W/f, C)
-        # one time step after the other: a T-th is recomputed at once
+    def forward(self, x, *state):
+        B = len(state[0])
+        tokens = self.norm(self.conv(x).permute(0, 2, 3, 1))  # (T * B, H / f, W / f, C)
+        # attention takes all frames at once, or is recomputed for one time step at a time
         parts = tokens.split(B) if self.checkpointing else [tokens]
-        for block in self.attention:
-            parts = [recompute(self.checkpointing, block, part) for part in parts]
-        h, features = h.to(x.dtype), []  # what autocast computes in
-        for x_t in (x_t for part in parts for x_t in part.to(x.dtype).split(B)):
-            h, c = recompute(self.checkpointing, self.lstm, x_t, h, c)
-            features.append(h)
-        return torch.cat(features).permute(0, 3, 1, 2), h.float(), c
+        features = []
+        for part in parts:
+            part = self.attention(part).to(x.dtype)  # which autocast computes in
+            for x_t in part.split(B):
+                state = self.lstm(x_t, *state)
+                features.append(state[0])
+        features = torch.cat(features).permute(0, 3, 1, 2)  # (T * B, C, H / f, W / f)
+        return features, [s.float() for s in state]
 
 
 # ---- pyramid
 
-class Conv(nn.Module):
-    """Convolution + batch norm + SiLU, same size over the stride."""
+class Conv(Recomputable):
+    """Convolution + batch norm + SiLU: (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
 
     def __init__(self, dim_in, dim_out, kernel=1, stride=1, dilation=1):
         super().__init__()
-        self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
+        padding = dilation * (kernel // 2)
+        self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, padding, dilation, bias=False)
         self.bn = nn.BatchNorm2d(dim_out)
 
     def forward(self, x):
         return F.silu(self.bn(self.conv(x)))
 
 
-class CSP(nn.Module):
-    """Cross-stage partial layer: bottlenecks on one half of the channels, the other half goes round them.
+class Convs(Recomputable, nn.Sequential):
+    """Convolutions one after the other, recomputed at once."""
+
+
+class CSP(Recomputable):
+    """Cross-stage partial layer: bottlenecks on half of the channels; the other half bypasses them.
 
     x (N, C_in, H, W) -> (N, C_out, H, W). Source: CSPNet, arXiv 1911.11929, as in YOLOX.
     """
@@ -180,142 +253,190 @@ class CSP(nn.Module):
     def __init__(self, dim_in, dim_out, depth):
         super().__init__()
         half = dim_out // 2
-        self.conv1, self.conv2, self.conv3 = Conv(dim_in, half), Conv(dim_in, half), Conv(2 * half, dim_out)
-        self.m = nn.Sequential(*[nn.Sequential(Conv(half, half), Conv(half, half, 3)) for _ in range(depth)])
+        self.conv1 = Conv(dim_in, half)
+        self.conv2 = Conv(dim_in, half)
+        self.conv3 = Conv(2 * half, dim_out)
+        self.m = nn.Sequential()
+        for _ in range(depth):
+            self.m.append(nn.Sequential(Conv(half, half), Conv(half, half, 3)))
 
     def forward(self, x):
-        return self.conv3(torch.cat((self.m(self.conv1(x)), self.conv2(x)), dim=1))
+        bottlenecks = self.m(self.conv1(x))
+        bypass = self.conv2(x)
+        return self.conv3(torch.cat((bottlenecks, bypass), dim=1))
 
 
 class PAFPN(nn.Module):
-    """Path-aggregation pyramid over L neighbouring scales, finest first: list of (N, C_i, H_i, W_i) -> the same shapes.
+    """Path-aggregation pyramid over neighbouring scales, finest first.
 
+    list of (N, C_i, H_i, W_i), C_i = config.dims -> the same shapes. Another pyramid does the same.
     Source: PANet, arXiv 1803.01534, as in YOLOX.
     """
 
     def __init__(self, config):
         super().__init__()
-        depth, pairs = round(3 * config.fpn_depth), list(zip(config.dims, config.dims[1:]))  # (finer, coarser) widths
-        self.recomputed = 2 * config.checkpointing  # levels, the finest, which hold most of the activations
+        depth = round(3 * config.fpn_depth)
+        pairs = list(zip(config.dims, config.dims[1:]))  # of a level and the next coarser one
         self.lateral = nn.ModuleList(Conv(coarse, fine) for fine, coarse in pairs)
         self.top_down = nn.ModuleList(CSP(2 * fine, fine, depth) for fine, _ in pairs)
         self.down = nn.ModuleList(Conv(fine, fine, 3, stride=2) for fine, _ in pairs)
         self.bottom_up = nn.ModuleList(CSP(2 * fine, coarse, depth) for fine, coarse in pairs)
+        # the two finest levels hold most of the activations
+        fine = [self.lateral[0], *self.top_down[:2], *self.down[:2], self.bottom_up[0]]
+        for module in fine:
+            module.recomputed = config.checkpointing
 
     def forward(self, features):
-        x, laterals = features[-1], []
+        # top-down: each level receives what the coarser ones know
+        x = features[-1]
+        laterals = []
         for i in reversed(range(len(self.lateral))):
-            laterals.append(recompute(i + 1 < self.recomputed, self.lateral[i], x))
-            x = F.interpolate(laterals[-1], scale_factor=2, mode="nearest-exact")
-            x = recompute(i < self.recomputed, self.top_down[i], torch.cat((x, features[i]), dim=1))
+            x = self.lateral[i](x)
+            laterals.append(x)
+            x = F.interpolate(x, scale_factor=2, mode="nearest-exact")
+            x = self.top_down[i](torch.cat((x, features[i]), dim=1))
+        # bottom-up: and then what the finer ones know
         outputs = [x]
-        for i, down in enumerate(self.down):
-            x = torch.cat((recompute(i < self.recomputed, down, outputs[-1]), laterals.pop()), dim=1)
-            outputs.append(recompute(i + 1 < self.recomputed, self.bottom_up[i], x))
+        for down, bottom_up in zip(self.down, self.bottom_up):
+            x = torch.cat((down(x), laterals.pop()), dim=1)
+            x = bottom_up(x)
+            outputs.append(x)
         return outputs
 
 
 # ---- attention for small objects
 
 class MultiScaleSpatialAttention(nn.Module):
-    """x (N, C, H, W) -> x * a + x, with one map a (N, 1, H, W) in 0..1 from convolutions of three dilations."""
+    """x (N, C, H, W) -> x * a + x, a map a (N, 1, H, W) in 0..1 from three dilated convolutions."""
 
     def __init__(self, dim):
         super().__init__()
-        width = max(1, dim // 3)
+        width = dim // 3
+        narrow = 3 * width // 4
         self.scales = nn.ModuleList(Conv(dim, width, 3, dilation=d) for d in (1, 2, 4))
-        self.squeeze = Conv(3 * width, max(1, 3 * width // 4))
-        self.map = nn.Conv2d(max(1, 3 * width // 4), 1, 1)
+        self.squeeze = Conv(3 * width, narrow)
+        self.map = nn.Conv2d(narrow, 1, 1)
 
     def forward(self, x):
-        a = torch.cat([scale(x) for scale in self.scales], dim=1)
-        return x * self.map(self.squeeze(a)).sigmoid() + x
+        scales = [scale(x) for scale in self.scales]
+        a = self.squeeze(torch.cat(scales, dim=1))
+        return x * self.map(a).sigmoid() + x
 
 
 class EventTemporalAttention(nn.Module):
-    """Adds what three successive frames have in common where the last two differ, channel by channel.
+    """Adds what three successive frames have in common, where the last two differ, by channel.
 
-    x (T, B, C, H, W), past (B, 2, C, H, W): the two frames before the first (zeros at a start)  ->  like x, next past
+    x (T * B, C, H, W), past (B, 2, C, H, W): the two frames before the first, zeros at the start
+    -> like x, and the next past
     """
 
     def __init__(self, dim):
         super().__init__()
+        narrow = dim // 4
         self.time = nn.Conv3d(dim, dim, (3, 1, 1), bias=False)
         self.bn = nn.BatchNorm3d(dim)
         self.motion = nn.Conv2d(2 * dim, 1, 3, padding=1)
-        self.channel = nn.Sequential(nn.Linear(dim, max(1, dim // 4)), nn.ReLU(), nn.Linear(max(1, dim // 4), dim))
+        self.channel = nn.Sequential(
+            nn.Linear(dim, narrow),
+            nn.ReLU(),
+            nn.Linear(narrow, dim),
+        )
 
     def forward(self, x, past):
-        frames = torch.cat((past.to(x.dtype).transpose(0, 1), x))  # (T + 2, B, C, H, W)
-        u = self.bn(self.time(frames.permute(1, 2, 0, 3, 4))).permute(2, 0, 1, 3, 4)  # (T, B, C, H, W)
-        pairs = torch.cat((x, frames[1:-1]), dim=2).flatten(0, 1)
-        m = self.motion(pairs).sigmoid().unflatten(0, x.shape[:2])  # (T, B, 1, H, W)
-        v = self.channel(u.mean((-2, -1))).sigmoid()[..., None, None]  # (T, B, C, 1, 1)
-        return x + u * m * v, frames[-2:].transpose(0, 1).float()
+        B = len(past)
+        past = rearrange(past.to(x.dtype), "b t c h w -> (t b) c h w")
+        frames = torch.cat((past, x))  # ((2 + T) * B, C, H, W)
+        common = self.time(rearrange(frames, "(t b) c h w -> b c t h w", b=B))
+        common = rearrange(self.bn(common), "b c t h w -> (t b) c h w")
+        pairs = torch.cat((x, frames[B:-B]), dim=1)  # each frame and the one before
+        motion = self.motion(pairs).sigmoid()  # (T * B, 1, H, W)
+        channel = self.channel(common.mean((-2, -1))).sigmoid()  # (T * B, C)
+        x = x + common * motion * channel[..., None, None]
+        past = rearrange(frames[-2 * B :], "(t b) c h w -> b t c h w", b=B)
+        return x, past.float()
 
 
 class SmallObjectAttention(nn.Module):
     """Spatial, then temporal attention, then a convolution that joins them.
 
-    x (T * B, C, H, W), where there is temporal attention its past (B, 2, C, H, W)  ->  like x and, then, the next past
+    x (T * B, C, H, W), with temporal attention also its past (B, 2, C, H, W)
+    -> like x, and a list that holds the next past, if any
     """
 
-    def __init__(self, config, level):
+    def __init__(self, config, dim):
         super().__init__()
-        dim, spatial, temporal = config.dims[level], config.attention_spatial, config.attention_temporal
+        spatial = config.attention_spatial
+        temporal = config.attention_temporal
         self.spatial = MultiScaleSpatialAttention(dim) if spatial else nn.Identity()
-        self.temporal = EventTemporalAttention(dim) if temporal else None
+        self.temporal = EventTemporalAttention(dim) if temporal else nn.Identity()
         self.join = Conv(dim, dim) if spatial and temporal else nn.Identity()
 
     def forward(self, x, *past):
         x = self.spatial(x)
         if past:
-            x, *past = self.temporal(x.unflatten(0, (-1, len(past[0]))), *past)
-            x = x.flatten(0, 1)
-        return self.join(x), *past
+            x, *past = self.temporal(x, *past)
+        return self.join(x), past
 
 
 class ScaleAwareChannelAttention(nn.Module):
-    """Squeeze-and-excitation of x (N, C, H, W), stronger from the start at small strides. Source: arXiv 1709.01507."""
+    """Squeeze-and-excitation of x (N, C, H, W), stronger from the start at small strides.
+
+    Source: arXiv 1709.01507; that it depends on the stride is ours.
+    """
 
     def __init__(self, dim, stride):
         super().__init__()
-        hidden = max(1, dim // (16 if stride <= 8 else 8))
-        self.fc = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
-        nn.init.constant_(self.fc[-1].bias, 1.0 if stride <= 8 else 0.0)
+        fine = stride <= 8
+        reduction = 16 if fine else 8
+        hidden = max(1, dim // reduction)
+        self.fc = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, dim),
+        )
+        nn.init.constant_(self.fc[-1].bias, 1.0 if fine else 0.0)
 
     def forward(self, x):
-        return x * self.fc(x.mean((-2, -1))).sigmoid()[..., None, None]
+        channel = self.fc(x.mean((-2, -1))).sigmoid()  # (N, C)
+        return x * channel[..., None, None]
 
 
 # ---- head and detector
 
 class Head(nn.Module):
-    """Decoupled YOLOX head of one level, 0 the finest: x (N, C, H, W) -> (N, H * W, 4 + 1 + K).
+    """Decoupled YOLOX head of one level: x (N, C, H, W) -> (N, H * W, 4 + 1 + K).
 
-    The last axis holds box offsets, objectness, classes; the latter start at a probability of 0.01.
+    The last axis holds box offsets, objectness, classes; the latter two start at a probability of
+    0.01.
     Source: YOLOX, arXiv 2107.08430.
     """
 
-    def __init__(self, config, level):
+    def __init__(self, dim_in, dim, num_classes):
         super().__init__()
-        self.checkpointing, dim = config.checkpointing and level < 2, config.dims[-1] // 4
-        self.stem = Conv(config.dims[level], dim)
-        self.cls_convs, self.reg_convs = (nn.Sequential(Conv(dim, dim, 3), Conv(dim, dim, 3)) for _ in range(2))
-        self.cls_pred, self.reg_pred, self.obj_pred = (nn.Conv2d(dim, n, 1) for n in (config.num_classes, 4, 1))
+        self.stem = Conv(dim_in, dim)
+        self.cls_convs = Convs(Conv(dim, dim, 3), Conv(dim, dim, 3))
+        self.reg_convs = Convs(Conv(dim, dim, 3), Conv(dim, dim, 3))
+        self.cls_pred = nn.Conv2d(dim, num_classes, 1)
+        self.reg_pred = nn.Conv2d(dim, 4, 1)
+        self.obj_pred = nn.Conv2d(dim, 1, 1)
         for pred in (self.cls_pred, self.obj_pred):
             nn.init.constant_(pred.bias, -math.log(99))
 
     def forward(self, x):
-        x = recompute(self.checkpointing, self.stem, x)
-        cls, reg = recompute(self.checkpointing, self.cls_convs, x), recompute(self.checkpointing, self.reg_convs, x)
-        out = torch.cat((self.reg_pred(reg), self.obj_pred(reg), self.cls_pred(cls)), dim=1)
+        x = self.stem(x)
+        cls = self.cls_pred(self.cls_convs(x))
+        x = self.reg_convs(x)
+        out = torch.cat((self.reg_pred(x), self.obj_pred(x), cls), dim=1)
         return out.flatten(2).transpose(1, 2)
 
 
 def reset_state(state, is_first):
-    """State with the rows of new sequences set to zero. is_first (B,) bool, on the state's device."""
-    return [s.masked_fill(is_first.view(-1, *[1] * (s.ndim - 1)), 0) for s in state]
+    """State with the rows of new sequences set to zero; is_first (B,) bool on the same device."""
+    cleared = []
+    for s in state:
+        rows = is_first.view(-1, *[1] * (s.ndim - 1))
+        cleared.append(s.masked_fill(rows, 0))
+    return cleared
 
 
 class Detector(nn.Module):
@@ -323,69 +444,111 @@ class Detector(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # glibc reuses large buffers: else each big tensor on a CPU goes back to the kernel and is paged in anew. One
-        # arena, too: a loader's threads would have arenas of their own, which are too small for a batch
-        with suppress(OSError, AttributeError):  # another libc
-            for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-8, 1)):  # M_MMAP_, M_TRIM_THRESHOLD, ARENA_MAX
-                ctypes.CDLL(None).mallopt(option, value)
         self.config = config = config.resolved()
-        self.stages = nn.ModuleList(Stage(config, k) for k in range(config.fpn_stages[-1]))
+        depth = config.fpn_stages[-1]
+        self.stages = nn.ModuleList(Stage(config, k) for k in range(depth))
         self.fpn = PAFPN(config)
-        self.heads = nn.ModuleList(Head(config, level) for level in range(len(config.fpn_stages)))
+        head_dim = config.dims[-1] // 4
+        self.heads = nn.ModuleList(
+            Head(dim, head_dim, config.num_classes) for dim in config.dims
+        )
+        for head in self.heads[:2]:  # the two finest levels
+            for module in (head.stem, head.cls_convs, head.reg_convs):
+                module.recomputed = config.checkpointing
         if config.small_object_attention:
-            self.attention = nn.ModuleList(SmallObjectAttention(config, level) for level in range(2))
-            self.channel_attention = nn.ModuleList(map(ScaleAwareChannelAttention, config.dims, config.strides))
+            fine = config.dims[:2]
+            self.attention = nn.ModuleList(SmallObjectAttention(config, dim) for dim in fine)
+            channel_attention = map(ScaleAwareChannelAttention, config.dims, config.strides)
+            self.channel_attention = nn.ModuleList(channel_attention)
+
+        # anchors: one a cell, level by level, row by row
         H, W = config.padded_hw
-        cells = [(x, y, stride) for stride in config.strides for y in range(H // stride) for x in range(W // stride)]
-        self.register_buffer("grid", torch.tensor(cells, dtype=torch.float32), persistent=False)  # (A, 3)
+        cells = []
+        for stride in config.strides:
+            cells += product([stride], range(H // stride), range(W // stride))
+        grid = torch.tensor(cells).flip(1).float()  # (A, 3): x, y, stride
+        self.register_buffer("grid", grid, persistent=False)
+
         for p in self.parameters():
-            p.data = p.data.to(memory_format=torch.channels_last) if p.ndim == 4 else p.data
+            if p.ndim == 4:
+                p.data = p.data.to(memory_format=torch.channels_last)
 
     def initial_state(self, B):
-        """Zeros for B new streams: h and c (B, H_k, W_k, C_k) per stage, then the attention's past (B, 2, C, H, W)."""
-        config, C, patch, (H, W) = self.config, self.config.embed_dim, self.config.patch_size, self.config.padded_hw
-        maps = [(C * f, H // (patch * f), W // (patch * f)) for f in (2 ** k for k in range(len(self.stages)))]
-        shapes = [(B, H, W, C) for C, H, W in maps for _ in range(2)]
+        """Zeros for B new streams, a flat list of float32 tensors.
+
+        Of each stage its cell's (B, H_k, W_k, C_k), then the attention's pasts (B, 2, C, H, W).
+        """
+        config = self.config
+        H, W = config.padded_hw
+        shapes = []
+        for k, stage in enumerate(self.stages):
+            stride = config.patch_size * 2 ** k
+            shape = (B, H // stride, W // stride, config.embed_dim * 2 ** k)
+            shapes += [shape] * stage.lstm.states
         if config.small_object_attention and config.attention_temporal:
-            shapes += [(B, 2, *maps[k - 1]) for k in config.fpn_stages[:2]]
+            for stride, dim in zip(config.strides, config.dims[:2]):
+                shapes.append((B, 2, dim, H // stride, W // stride))
         return [torch.zeros(shape, device=self.grid.device) for shape in shapes]
 
     def forward(self, events, state=None, frames=None):
         """Predictions for the chosen frames and the state after the last frame.
 
-        events (T, B, 20, H, W) uint8 or float; state: list of tensors with leading dim B, or None for new streams;
-        frames: which frames run pyramid and head: (T, B) bool on the CPU, or their flat indices t * B + b, int64 (N,)
-        on the events' device (what torch.compile needs), or None for all.
-        -> Prediction(box_cxcywh (N, A, 4) pixels, obj (N, A) and cls (N, A, K) logits, grid (A, 3) cell x, cell y,
-        stride) in float32, N = chosen frames in (t, b) order, anchors level by level, finest first, row-major.
+        events (T, B, 20, H, W) uint8 or float
+        state: list of tensors with leading dim B, or None for new streams
+        frames: which frames run pyramid and head: (T, B) bool on the CPU, or their flat indices
+        t * B + b, int64 (N,) on the events' device (what torch.compile needs), or None for all
+        -> Prediction(box_cxcywh (N, A, 4) pixels, obj (N, A) and cls (N, A, K) logits, grid (A, 3)
+        cell x, cell y, stride) in float32, N = chosen frames in (t, b) order, anchors level by
+        level, finest first, row-major; and the next state
         ValueError if the frames are of another size than the detector was built for.
         """
-        config, (H, W), kind = self.config, events.shape[-2:], events.device.type
-        require((H, W) == config.input_hw, f"event frames are {H}x{W}, this detector was built for {config.input_hw}")
+        config = self.config
+        H, W = events.shape[-2:]
+        if (H, W) != config.input_hw:
+            raise ValueError(
+                f"event frames are {H}x{W}, the detector was built for {config.input_hw}"
+            )
+        if state is None:
+            state = self.initial_state(events.shape[1])
         if frames is not None and frames.dtype == torch.bool:
-            frames = frames.flatten().nonzero().flatten().to(events.device, non_blocking=True)
-        state = self.initial_state(events.shape[1]) if state is None else state
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.stages[0].conv.weight.dtype
-        x = F.pad(events.flatten(0, 1), (0, config.padded_hw[1] - W, 0, config.padded_hw[0] - H))
-        x, maps, following = x.to(dtype, memory_format=torch.channels_last), [], []  # (T * B, C, H, W), as all maps
-        for stage, h, c in zip(self.stages, state[::2], state[1::2]):
-            x, h, c = stage(x, h, c)
+            frames = frames.flatten().nonzero().flatten()
+            frames = frames.to(events.device, non_blocking=True)
+
+        # zeros right and below, in the type that convolutions compute in
+        dtype = self.stages[0].conv.weight.dtype
+        device_type = events.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        padded_H, padded_W = config.padded_hw
+        x = F.pad(events.flatten(0, 1), (0, padded_W - W, 0, padded_H - H))
+        x = x.to(dtype, memory_format=torch.channels_last)  # (T * B, C, H, W), as all maps
+
+        # backbone; each part takes its tensors off the state, one part after the other
+        state = iter(state)
+        next_state = []
+        maps = []
+        for stage in self.stages:
+            x, new = stage(x, *islice(state, stage.lstm.states))
+            next_state += new
             maps.append(x)
-            following += [h, c]
-        features, past = [maps[k - 1] for k in config.fpn_stages], state[len(following):]
-        if config.small_object_attention:  # it looks back in time, so every frame passes the pyramid
+        features = maps[-len(config.dims) :]
+
+        # pyramid of the chosen frames; attention looks back in time, so with it of every frame
+        if config.small_object_attention:
             features = self.fpn(features)
-            for level, module in enumerate(self.attention):
-                features[level], *new = module(features[level], *past[level:level + 1])
-                following += new
-            features = [module(f) for module, f in zip(self.channel_attention, features)]
-        features = [f if frames is None else f.index_select(0, frames) for f in features]
-        features = features if config.small_object_attention else self.fpn(features)
-        out = torch.cat([head(f) for head, f in zip(self.heads, features)], dim=1).float()  # (N, A, 4 + 1 + K)
-        box = torch.cat((out[..., :2] + self.grid[:, :2], out[..., 2:4].exp()), dim=-1) * self.grid[:, 2:]
-        return Prediction(box, out[..., 4], out[..., 5:], self.grid), following
+            for level, attention in enumerate(self.attention):
+                features[level], new = attention(features[level], *islice(state, 1))
+                next_state += new
+            features = [module(x) for module, x in zip(self.channel_attention, features)]
+        if frames is not None:
+            features = [x.index_select(0, frames) for x in features]
+        if not config.small_object_attention:
+            features = self.fpn(features)
 
-
-# ---- checkpoints
-
-
+        # heads, and their outputs as boxes
+        out = [head(x) for head, x in zip(self.heads, features)]
+        out = torch.cat(out, dim=1).float()  # (N, A, 4 + 1 + K)
+        centre = out[..., :2] + self.grid[:, :2]
+        size = out[..., 2:4].exp()
+        box = torch.cat((centre, size), dim=-1) * self.grid[:, 2:]  # cells to pixels
+        return Prediction(box, out[..., 4], out[..., 5:], self.grid), next_state
