@@ -21,6 +21,7 @@ import torch
 
 import train
 from configurator import command_line, configure
+from loss import SizeAware
 
 defaults = train.defaults | {
     "batch_sizes": (1, 2, 4, 6, 8),
@@ -68,7 +69,7 @@ def measure(config, B, device, dtype):
     H, W = config.input_hw
     T = config.sequence_length
     model = train.build(config, (H, W), config.num_classes, None)
-    forward = train.Forward(model, train.size_aware(config))
+    forward = train.Forward(model, train.fields_of(SizeAware, config))
     events = torch.rand(T, B, 20, H, W) < 1 / 30  # as of a street
     frames = torch.arange(0, T * B, 2)
     span = torch.tensor((0, W, H, 100, 100))  # class, then centre and size in px

@@ -123,22 +123,30 @@ def our_name(name):
     return name
 
 
-def load_rvt(path, new_classes=False, **overrides):
+def read_weights(path):
+    """Weights of a checkpoint, ours or RVT's, under our names. ValueError as in read_checkpoint."""
+    found = read_checkpoint(path)
+    if "state_dict" not in found:
+        return found["model"]
+    weights = {}
+    for name, x in found["state_dict"].items():
+        if name.startswith("mdl."):
+            weights[our_name(name[4:])] = x
+    for name, x in weights.items():
+        if name.endswith("lstm.gates.weight") and x.ndim == 4:
+            weights[name] = x.flatten(1)  # a 1x1 convolution is linear
+    return weights
+
+
+def load_rvt(path, **overrides):
     """Detector with the weights of a Lightning checkpoint of RVT or its eTraM fork.
 
     embed_dim, patch_size, fpn_depth and num_classes are read off the weights; input_hw,
-    partition_split and dim_head come as overrides, since no weight tells them. new_classes and
-    ValueError as in load_weights.
+    partition_split and dim_head come as overrides, since no weight tells them. ValueError as in
+    load_weights.
     """
-    found = read_checkpoint(path)
-    weights = {}
     with reading(f"{path}: no checkpoint of RVT, or not all of its weights"):
-        for name, x in found["state_dict"].items():
-            if name.startswith("mdl."):
-                weights[our_name(name[4:])] = x
-        for name, x in weights.items():
-            if name.endswith("lstm.gates.weight"):
-                weights[name] = x.flatten(1)  # a 1x1 convolution is linear
+        weights = read_weights(path)
         depth = 0
         while f"fpn.top_down.0.m.{depth}.0.conv.weight" in weights:
             depth += 1
@@ -150,7 +158,7 @@ def load_rvt(path, new_classes=False, **overrides):
             "num_classes": len(weights["heads.0.cls_pred.weight"]),
         }
         model = Detector(ModelConfig(**told | overrides))
-    return load_weights(model, weights, path, new_classes)
+    return load_weights(model, weights, path)
 
 
 def load_detector(path, input_hw=None, partition_split=0, dim_head=32):

@@ -101,16 +101,6 @@ def configure(defaults, argv):
     return config
 
 
-def literals(names):
-    """The configuration among a script's global `names`: its bools, numbers, strings and tuples."""
-    kinds = (bool, int, float, str, tuple)
-    return {
-        key: value
-        for key, value in names.items()
-        if isinstance(value, kinds) and not key.startswith("_")
-    }
-
-
 def dump(config):
     """The config as Python source that `configure` reads back."""
     return "".join(f"{key} = {value!r}\n" for key, value in config.items())

@@ -1,26 +1,9 @@
 """Fixtures and helpers that the tests share."""
 
-import contextlib
-import copy
 import dataclasses
-import itertools
 import json
-import math
-import multiprocessing
 import os
-import pickle
-import re
-import resource
-import shutil
-import signal
-import struct
-import subprocess
-import sys
-import time
-import traceback
-from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import hdf5plugin
@@ -28,30 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.nn.functional as F
 
-import bench_memory
-import checkpoint
-import configurator
 import data
-import demo
-import detect
-import eval as evaluation
-import formats
-import loss
-import model
-import pictures
 import prepare
 import simulate
 import train
-from checkpoint import load_detector, load_rvt, read_checkpoint
-from data import TrainData, View, augment, index_map, make_loader, move_boxes, open_split
-from detect import SIZES, StreamDetector, detections, nms, run, score_boxes
-from eval import compare, report
+from data import TrainData, open_split
 from formats import BOX_DTYPE
-from loss import SizeAware, assign, detection_loss, size_weights
-from model import Detector, ModelConfig, Prediction, reset_state
-from pictures import confusion
+from model import Detector, ModelConfig
 
 ROOT = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("NANORVT_SHARED", ROOT.parent / "shared"))

@@ -189,7 +189,7 @@ def main(argv):
         dist.init_process_group("gloo")
 
     names = load_classes(config.data_dir, config.class_names, config.num_classes)
-    sequences = open_split(config.data_dir, config.split, len(names), config.resolution)
+    sequences = open_split(config.data_dir, config.split, len(names))
     hw = sequences[0].hw
     model = load_detector(path, hw, config.partition_split, config.dim_head).to(device)
     own = tuple(trained.get("class_names", names))

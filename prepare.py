@@ -12,11 +12,9 @@ import itertools
 import json
 import shutil
 import signal
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import h5py
@@ -25,19 +23,30 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import command_line, configure
-from formats import BOX_DTYPE, CHANNELS, FILES, REPRESENTATION, SCALES, WINDOW_US
-from formats import check_blosc, histogram, reading, write
+from formats import (
+    BOX_DTYPE,
+    CHANNELS,
+    FILES,
+    REPRESENTATION,
+    SCALES,
+    WINDOW_US,
+    check_blosc,
+    histogram,
+    reading,
+    write,
+)
 
-src = "datasets/raw"  # raw recordings in folders train, val and test
-dst = "datasets/prepared"  # what they are made into
-dataset = "own"  # etram | gen4 | gen1 | own; what is left empty or 0 below comes from its settings
-class_names = ()  # of class ids 0, 1, ...; own data: "0", "1", ... up to the largest id in labels
-box_filter = ""  # none | sides5 | prophesee, which drops small objects: see filter_boxes
-downsample = ""  # none | nearest (odd rows and columns, RVT's half resolution) | sum (2x2 pixels)
-height = 0  # px, of recordings that do not tell
-width = 0
-num_workers = 0  # processes; 0: all in this one
-defaults = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (int, str, tuple))}
+defaults = {
+    "src": "datasets/raw",  # raw recordings in folders train, val and test
+    "dst": "datasets/prepared",  # what they are made into
+    "dataset": "own",  # etram | gen4 | gen1 | own; what is left empty or 0 below comes from its settings
+    "class_names": (),  # of class ids 0, 1, ...; own data: "0", "1", ... up to the largest id in labels
+    "box_filter": "",  # none | sides5 | prophesee, which drops small objects: see filter_boxes
+    "downsample": "",  # none | nearest (odd rows and columns, RVT's half resolution) | sum (2x2 pixels)
+    "height": 0,  # px, of recordings that do not tell
+    "width": 0,
+    "num_workers": 0,  # processes; 0: all in this one
+}
 
 # grid_us: between labelled frames; 0: the whole number of label intervals nearest to FRAME_US.
 DATASETS = {

@@ -14,10 +14,28 @@ import torch
 import torch.nn.functional as F
 
 import data
-from conftest import BLOSC, BOX, make_boxes, make_set, plan, same_batch, shared, shown
-from conftest import tiny_detector, write_sequence
-from data import Augmentation, TrainData, View
-from data import augment, index_map, make_loader, move_boxes, open_split
+from conftest import (
+    BLOSC,
+    BOX,
+    make_boxes,
+    make_set,
+    plan,
+    same_batch,
+    shared,
+    shown,
+    tiny_detector,
+    write_sequence,
+)
+from data import (
+    Augmentation,
+    TrainData,
+    View,
+    augment,
+    index_map,
+    make_loader,
+    move_boxes,
+    open_split,
+)
 from formats import BOX_DTYPE
 from loss import detection_loss
 

@@ -6,7 +6,15 @@ from PIL import Image
 
 import demo
 from checkpoint import load_detector
-from conftest import NAMES, MemorySequence, same_boxes, small_detector, write_checkpoint, write_prepared, write_recording
+from conftest import (
+    NAMES,
+    MemorySequence,
+    same_boxes,
+    small_detector,
+    write_checkpoint,
+    write_prepared,
+    write_recording,
+)
 from detect import StreamDetector
 from formats import BOX_DTYPE
 

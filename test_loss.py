@@ -1,7 +1,6 @@
 """Tests of loss.py."""
 
 import math
-import time
 
 import pytest
 import torch

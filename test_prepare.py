@@ -11,7 +11,16 @@ import torch
 
 import formats
 import prepare
-from conftest import HISTOGRAMS, load, raw_set, same_tree, shared, some_events, some_labels, write_h5
+from conftest import (
+    HISTOGRAMS,
+    load,
+    raw_set,
+    same_tree,
+    shared,
+    some_events,
+    some_labels,
+    write_h5,
+)
 from formats import BOX_DTYPE, histogram
 from prepare import Recording, filter_boxes, label_frames, read_labels, window_ends, windows
 

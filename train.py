@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import detect
 from checkpoint import load_weights, read_checkpoint, read_weights
-from configurator import command_line, configure, dump, literals
+from configurator import command_line, configure, dump
 from data import Augmentation, TrainData
 from formats import reading, write
 from loss import SizeAware, detection_loss
@@ -37,47 +37,47 @@ from model import Detector, ModelConfig, reset_state
 from pictures import draw_curves
 from simulate import ensure_toy
 
-# ---- files
-out_dir = "out"                  # gets ckpt.pt, best.pt, log.csv, curves.png, config.py
-init_from = "scratch"            # scratch | resume (out_dir/ckpt.pt) | checkpoint, ours or RVT's
-data_dir = "datasets/toy"        # a prepared data set; the default is simulated at first use
-class_names = ()                 # by class id, where the data set has no dataset.json
-# ---- batches
-sampling = "stream"              # stream | random | mixed
-mixed_stream = 1.0               # slots of a mixed batch that stream ...
-mixed_random = 1.0               # ... to those that play random windows
-sequence_length = 5              # T, frames of 50 ms in a step (truncated back-propagation)
-batch_size = 6                   # B, streams in a micro-batch of one process
-gradient_accumulation_steps = 1  # micro-batches in a step, each a group of streams of its own
-eval_batch_size = 2              # streams in a batch of the validation
-num_workers = 4                  # threads that load ahead; 0: load when a step needs it
-# ---- optimiser
-max_steps = 100_000
-learning_rate = 1.7e-4           # its peak: RVT's 2e-4 * sqrt(batch / 8)
-weight_decay = 0.0
-grad_clip = 1.0                  # 0: off
-grad_clip_by = "value"           # value (RVT) | norm
-# ---- intervals, in steps
-log_interval = 100
-eval_interval = 3500
-checkpoint_interval = 1000
-# ---- when to give up
-max_bad_steps = 20               # steps in a row that are not finite; each is skipped
-max_loss_ratio = 10.0            # of the smoothed loss to its minimum, that may be passed ...
-patience = 1000                  # ... for so many steps in a row; 0: for ever
-max_memory_gib = 0.0             # peak of the GPU's allocator, on a CPU of the process; 0: any
-# ---- machine
-seed = 0
-device = "auto"                  # auto | cpu | cuda | cuda:1
-dtype = "auto"                   # auto | float32 | bfloat16 | float16; on a CPU auto is float32
-compile = True                   # torch.compile, on CUDA only
-# ---- Weights & Biases, optional
-wandb_log = False
-wandb_project = "nanorvt"
-wandb_group = ""
-wandb_run_name = "run"
-
-defaults = literals(globals())
+defaults = {
+    # ---- files
+    "out_dir": "out",                 # gets the checkpoints, log.csv, curves.png, config.py
+    "init_from": "scratch",           # scratch | resume | path of a checkpoint, ours or RVT's
+    "data_dir": "datasets/toy",       # a prepared set; this one is simulated at first use
+    "class_names": (),                # by class id, where the data set has no dataset.json
+    # ---- batches
+    "sampling": "stream",             # stream | random | mixed
+    "mixed_stream": 1.0,              # slots of a mixed batch that stream ...
+    "mixed_random": 1.0,              # ... to those that play random windows
+    "sequence_length": 5,             # T, frames of 50 ms in a step (truncated BPTT)
+    "batch_size": 6,                  # B, streams in a micro-batch of one process
+    "gradient_accumulation_steps": 1, # micro-batches in a step, each with its own streams
+    "eval_batch_size": 2,             # streams in a batch of the validation
+    "num_workers": 4,                 # threads that load ahead; 0: load when a step needs it
+    # ---- optimiser
+    "max_steps": 100_000,
+    "learning_rate": 1.7e-4,          # its peak: RVT's 2e-4 * sqrt(batch / 8)
+    "weight_decay": 0.0,
+    "grad_clip": 1.0,                 # 0: off
+    "grad_clip_by": "value",          # value (RVT) | norm
+    # ---- intervals, in steps
+    "log_interval": 100,
+    "eval_interval": 3500,
+    "checkpoint_interval": 1000,
+    # ---- when to give up
+    "max_bad_steps": 20,              # steps in a row that are not finite; each is skipped
+    "max_loss_ratio": 10.0,           # smoothed loss to its minimum; it may be passed ...
+    "patience": 1000,                 # ... for so many steps in a row; 0: for ever
+    "max_memory_gib": 0.0,            # peak of the GPU's allocator or the process; 0: any
+    # ---- machine
+    "seed": 0,
+    "device": "auto",                 # auto | cpu | cuda | cuda:1
+    "dtype": "auto",                  # auto (on a CPU float32) | float32 | bfloat16 | float16
+    "compile": True,                  # torch.compile, on CUDA only
+    # ---- Weights & Biases, optional
+    "wandb_log": False,
+    "wandb_project": "nanorvt",
+    "wandb_group": "",
+    "wandb_run_name": "run",
+}
 PARTS = (ModelConfig, Augmentation, SizeAware)  # their fields are config keys, too
 for part in PARTS:
     defaults |= {field.name: field.default for field in dataclasses.fields(part)}
@@ -175,7 +175,7 @@ def build(config, input_hw, num_classes, checkpoint=None):
     if checkpoint:
         load_weights(model, checkpoint["model"], config.out_dir)
     elif config.init_from != "scratch":
-        load_weights(model, read_weights(config.init_from), config.init_from)
+        load_weights(model, read_weights(config.init_from), config.init_from, new_classes=True)
     return model
 
 
