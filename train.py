@@ -19,6 +19,8 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from types import SimpleNamespace
 
 import torch
@@ -93,7 +95,9 @@ COUNTS = ("sequence_length", "batch_size", "gradient_accumulation_steps", "eval_
 # what a slot plays depends on these
 PLAN = ("data_dir", "sampling", "sequence_length", "batch_size", "gradient_accumulation_steps",
         "seed")
-LOWER_RATE = "lower learning_rate; the checkpoints in out_dir are older and whole"
+# where a run stands, apart from its tensors
+PROGRESS = ("step", "evaluated", "best_ap", "bad_steps", "smoothed", "lowest", "high_steps",
+            "sums", "count", "log")
 LESS_MEMORY = ("lower batch_size (raise gradient_accumulation_steps), eval_batch_size or "
                "sequence_length, or set --checkpointing")
 
@@ -114,10 +118,9 @@ def check(config):
         least = 1 if key in COUNTS else 0
         if isinstance(value, (int, float)) and value < least:
             raise ValueError(f"{key}={value}: below {least}")
-    if config.sampling == "mixed" and config.batch_size < 2:
-        raise ValueError("sampling='mixed' needs batch_size from 2 on")
-    if config.sampling == "mixed" and not (config.mixed_stream and config.mixed_random):
-        raise ValueError("sampling='mixed' needs mixed_stream and mixed_random above 0")
+    least = min(config.batch_size - 1, config.mixed_stream, config.mixed_random)
+    if config.sampling == "mixed" and least <= 0:
+        raise ValueError("sampling=mixed needs batch_size from 2 on, mixed_random, mixed_stream > 0")
     for kind in PARTS:
         fields_of(kind, config)
 
@@ -129,13 +132,11 @@ def reuse_memory():
     Without glibc nothing happens.
     """
     mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # as malloc.h numbers them
-    try:
+    with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(mmap_threshold, 2**30)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(arena_max, 1)
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(arena_max, 1)
 
 
 def resolve_device(config):
@@ -148,22 +149,22 @@ def resolve_device(config):
     with reading(f"device={config.device!r} cannot be used"):
         torch.empty(1, device=name)
 
-    kind = config.dtype
-    if kind == "auto" and name == "cpu":
-        kind = "float32"
-    elif kind == "auto":  # GPUs are fast in bfloat16 from Ampere on
-        kind = "bfloat16" if torch.cuda.get_device_capability(name)[0] >= 8 else "float16"
-    return torch.device(name), getattr(torch, kind)
+    dtype = config.dtype
+    if dtype == "auto" and name == "cpu":
+        dtype = "float32"
+    elif dtype == "auto":  # GPUs are fast in bfloat16 from Ampere on
+        dtype = "bfloat16" if torch.cuda.get_device_capability(name)[0] >= 8 else "float16"
+    return torch.device(name), getattr(torch, dtype)
 
 
 def start_processes(device):
     """(rank, number of processes) as torchrun has it; (0, 1) without torchrun."""
-    if "WORLD_SIZE" not in os.environ:
-        if "RANK" in os.environ:
-            raise ValueError("RANK is set, WORLD_SIZE is not: start with torchrun, or unset RANK")
-        return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return dist.get_rank(), dist.get_world_size()
+    if "RANK" in os.environ:
+        raise ValueError("RANK is set, WORLD_SIZE is not: start with torchrun, or unset RANK")
+    return 0, 1
 
 
 def build(config, input_hw, num_classes, checkpoint=None):
@@ -215,19 +216,11 @@ class Forward(torch.nn.Module):
         return losses, [s.detach() for s in state]
 
 
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands, apart from its tensors."""
-
-    step: int = 0
-    evaluated: int = 0        # step of the last validation
-    best_ap: float = -2.0
-    bad_steps: int = 0        # in a row that were not finite
-    smoothed: float = 0.0     # loss, as a moving average
-    lowest: float = math.inf  # smoothed loss so far
-    high_steps: int = 0       # in a row with a smoothed loss far above the lowest
-    sums: dict = dataclasses.field(default_factory=dict)  # of scalars since the last row of the log
-    count: int = 0            # steps in these sums
+def wandb_module():
+    """Weights & Biases; ValueError where it is not installed."""
+    with reading("wandb_log=True needs: pip install wandb"):
+        import wandb
+    return wandb
 
 
 def moved(states, device):
@@ -239,35 +232,81 @@ def moved(states, device):
 
 
 class Run:
-    """All that a training run consists of: network, optimiser, recurrent states, progress, log."""
+    """All that a training run consists of: data, network, optimiser, recurrent states, progress."""
 
-    def __init__(self, config, model, device, dtype, rank, world):
+    def __init__(self, config, checkpoint=None):
         self.config = config
-        self.device = device
-        self.dtype = dtype
-        self.rank = rank
-        self.world = world
-        if world > 1 and device.type == "cuda":
+        self.device, self.dtype = resolve_device(config)
+        self.cuda = self.device.type == "cuda"
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32
+        self.rank, self.world = start_processes(self.device)
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w")  # one process speaks
+        elif config.data_dir == defaults["data_dir"]:
+            ensure_toy(config.data_dir)
+        if self.world > 1:
+            dist.barrier()
+        torch.manual_seed(config.seed)
+
+        # data
+        self.names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
+        train_set = data.open_split(config.data_dir, "train", len(self.names), labelled=True)
+        self.val_set = data.open_split(config.data_dir, "val", len(self.names), labelled=True)
+        self.hw = train_set[0].hw
+        if self.val_set[0].hw != self.hw:
+            raise ValueError(f"{config.data_dir}: {self.val_set[0].hw} in val, {self.hw} in train")
+        self.batches = TrainData(
+            train_set,
+            seed=config.seed,
+            sampling=config.sampling,
+            sequence_length=config.sequence_length,
+            batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            rank=self.rank,
+            world_size=self.world,
+            mixed_stream=config.mixed_stream,
+            mixed_random=config.mixed_random,
+            augmentation=fields_of(Augmentation, config),
+            pin_memory=self.cuda,
+        )
+
+        # network
+        model = build(config, self.hw, len(self.names), checkpoint).to(self.device).train()
+        if self.world > 1 and self.cuda:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model = model.train()
+        self.model = model
         self.parameters = list(model.parameters())
         self.statistics = [x for name, x in model.named_buffers() if name != "grid"]
+        self.forward = Forward(model, fields_of(SizeAware, config))
+        if config.compile and self.cuda:
+            self.forward = torch.compile(self.forward)
+        if self.world > 1:
+            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+
+        # optimiser
         self.optimizer = torch.optim.AdamW(
             self.parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.forward = Forward(model, fields_of(SizeAware, config))
-        if config.compile and device.type == "cuda":
-            self.forward = torch.compile(self.forward)
-        if world > 1:
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+        # progress
         groups = range(config.gradient_accumulation_steps)
         self.states = [model.initial_state(config.batch_size) for _ in groups]
-        self.progress = Progress()
-        self.log = []  # rows, as dicts
+        self.step = 0
+        self.evaluated = 0      # step of the last validation
+        self.best_ap = -2.0
+        self.bad_steps = 0      # in a row that were not finite
+        self.smoothed = 0.0     # loss, as a moving average
+        self.lowest = math.inf  # smoothed loss so far
+        self.high_steps = 0     # in a row with a smoothed loss far above the lowest
+        self.sums = {}          # of scalars since the last row of the log
+        self.count = 0          # steps in these sums
+        self.log = []           # rows, as dicts
 
     def due(self, interval):
         """Whether what happens every `interval` steps and at the end happens now."""
-        return self.progress.step % interval == 0 or self.progress.step == self.config.max_steps
+        return self.step % interval == 0 or self.step == self.config.max_steps
 
     # -- one step
 
@@ -293,7 +332,7 @@ class Run:
         shares["state"] = sum((0 * x).sum() for x in self.states[group])  # 0, or NaN
         return shares
 
-    def step(self, batches, stop):
+    def train_step(self, batches, stop):
         """One step of the optimiser; stop: above 0 where this process is to stop.
 
         -> whether any process is to stop. A step whose loss, gradients or states are not finite
@@ -301,18 +340,16 @@ class Run:
         """
         statistics = [x.clone() for x in self.statistics]
         states = list(self.states)
-        scalars = {}
+        scalars = Counter()
         for group, batch in enumerate(batches):
-            for key, value in self.forward_backward(group, batch).items():
-                scalars[key] = scalars.get(key, 0) + value
+            scalars.update(self.forward_backward(group, batch))
         scalars["state"] += stop
         self.scaler.unscale_(self.optimizer)
         scalars["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
-        values = torch.stack(list(scalars.values()))
+        values = torch.stack(list(scalars.values())) / self.world
         if self.world > 1:
             dist.all_reduce(values)
-        values = (values / self.world).tolist()  # the one synchronisation of a step
-        scalars = dict(zip(scalars, values))
+        scalars = dict(zip(scalars, values.tolist()))  # the one synchronisation of a step
         wrong = [key for key, value in scalars.items() if not math.isfinite(value)]
         stop = scalars.pop("state") > 0
 
@@ -325,42 +362,47 @@ class Run:
             for now, before in zip(self.statistics, statistics):
                 now.copy_(before)
             self.states = states
-            self.progress.bad_steps += 1
-            what = f"step {self.progress.step}: {', '.join(wrong)} not finite"
-            print(f"{what}, skipped")
-            if self.progress.bad_steps >= self.config.max_bad_steps:
-                raise ValueError(f"{what}, for {self.progress.bad_steps} steps; {LOWER_RATE}")
+            self.bad_steps += 1
+            print(f"step {self.step}: {', '.join(wrong)} not finite, skipped")
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.progress.step += 1
+        self.step += 1
+        self.give_up()
         return stop
 
     def record(self, scalars):
         """Take a good step's scalars into the sums that are logged and the loss that is watched."""
-        progress = self.progress
-        progress.bad_steps = 0
-        progress.count += 1
+        self.bad_steps = 0
+        self.count += 1
         for key, value in scalars.items():
-            progress.sums[key] = progress.sums.get(key, 0) + value
-        loss = scalars["loss"]
-        progress.smoothed = 0.99 * (progress.smoothed or loss) + 0.01 * loss
-        if progress.smoothed > self.config.max_loss_ratio * progress.lowest:
-            progress.high_steps += 1
-        else:
-            progress.high_steps = 0
-        progress.lowest = min(progress.lowest, progress.smoothed)
-        if 0 < self.config.patience <= progress.high_steps:
-            raise ValueError(f"step {progress.step}: the loss diverged to {loss:.3g}; {LOWER_RATE}")
+            self.sums[key] = self.sums.get(key, 0) + value
+        self.smoothed = 0.99 * (self.smoothed or scalars["loss"]) + 0.01 * scalars["loss"]
+        self.high_steps += 1
+        if self.smoothed <= self.config.max_loss_ratio * self.lowest:
+            self.high_steps = 0
+        self.lowest = min(self.lowest, self.smoothed)
+
+    def give_up(self):
+        """ValueError, saying what to change, where it makes no sense to go on."""
+        config = self.config
+        what = ""
+        if self.bad_steps >= config.max_bad_steps:
+            what = f"{self.bad_steps} steps in a row were not finite; lower learning_rate"
+        if 0 < config.patience <= self.high_steps:
+            what = f"the loss diverged to {self.smoothed:.3g}; lower learning_rate"
+        if 0 < config.max_memory_gib < peak_gib(self.device):
+            what = f"peak memory passed max_memory_gib; {LESS_MEMORY}"
+        if what:
+            raise ValueError(f"step {self.step}: {what}; {config.out_dir} has earlier checkpoints")
 
     # -- log, validation, files
 
     def add_row(self, **row):
         """Log a row: step, means of the scalars since the last row, and what is given."""
-        progress = self.progress
-        means = {key: round(total / progress.count, 6) for key, total in progress.sums.items()}
-        progress.sums = {}
-        progress.count = 0
-        row = {"step": progress.step, **means, **row}
+        means = {key: round(total / self.count, 6) for key, total in self.sums.items()}
+        self.sums = {}
+        self.count = 0
+        row = {"step": self.step, **means, **row}
         self.log.append(row)
         if self.rank > 0:
             return
@@ -373,24 +415,23 @@ class Run:
         table.writerows(self.log)
         write(f"{self.config.out_dir}/log.csv", text.getvalue())
         if self.config.wandb_log:
-            wandb_module().log(row, step=progress.step)
+            wandb_module().log(row, step=self.step)
 
-    def validate(self, val_set, names):
+    def validate(self):
         """Score the validation set; best.pt keeps the weights with the best AP."""
-        config, progress = self.config, self.progress
         if self.world > 1:
             for x in self.statistics:
                 dist.broadcast(x, 0)
         labels, found = detect.run(
-            self.model, val_set, config.eval_batch_size, config.sequence_length,
-            self.device, self.dtype, config.num_workers)
-        scores = detect.score_boxes(labels, found, *self.model.config.input_hw, names)
-        ap, ap50 = scores["AP"], scores["AP50"]
-        print(f"step {progress.step}: AP {ap:.4f}, AP50 {ap50:.4f} (validation, class mean)")
-        self.add_row(AP=ap, AP50=ap50)
-        progress.evaluated = progress.step
-        if ap > progress.best_ap:
-            progress.best_ap = ap
+            self.model, self.val_set, self.config.eval_batch_size, self.config.sequence_length,
+            self.device, self.dtype, self.config.num_workers)
+        scores = detect.score_boxes(labels, found, *self.hw, self.names)
+        row = {key: scores[key] for key in ("AP", "AP50")}
+        print(f"step {self.step}: validation, class mean: {row}")
+        self.add_row(**row)
+        self.evaluated = self.step
+        if scores["AP"] > self.best_ap:
+            self.best_ap = scores["AP"]
             self.save("best.pt")
         self.save("ckpt.pt")
 
@@ -403,16 +444,15 @@ class Run:
         if self.rank > 0:
             return
         whole = dict(
+            step=self.step,
             model=self.model.state_dict(),
             model_config=dataclasses.asdict(self.model.config),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
-            step=self.progress.step,
-            progress=dataclasses.asdict(self.progress),
             config=vars(self.config),
+            progress={key: getattr(self, key) for key in PROGRESS},
             states=states,
             rng=torch.get_rng_state(),
-            log=self.log,
         )
         write(f"{self.config.out_dir}/{name}", lambda file: torch.save(whole, file))
         draw_curves(f"{self.config.out_dir}/curves.png", self.log)
@@ -425,8 +465,8 @@ class Run:
             self.states = moved(states[self.rank], self.device)
         else:
             print("resumed with other streams: their states start at 0")
-        self.progress = Progress(**checkpoint["progress"])
-        self.log = checkpoint["log"]
+        for key in PROGRESS:
+            setattr(self, key, checkpoint["progress"][key])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
@@ -435,6 +475,8 @@ class Run:
                 moments[key] = torch.empty_like(p).copy_(moments[key])
         torch.set_rng_state(checkpoint["rng"])
 
+
+# ---- the loop
 
 class StopSignal:
     """While open, keeps the number of a SIGTERM or Ctrl-C; a second Ctrl-C stops at once."""
@@ -455,58 +497,6 @@ class StopSignal:
             signal.signal(kind, handler)
 
 
-def wandb_module():
-    """Weights & Biases; ValueError where it is not installed."""
-    with reading("wandb_log=True needs: pip install wandb"):
-        import wandb
-    return wandb
-
-
-def start_run(config, checkpoint, device, dtype, rank, world):
-    """(Run, training batches, validation sequences, class names), new or from `checkpoint`."""
-    out = config.out_dir
-    if rank == 0 and not checkpoint and os.path.exists(f"{out}/ckpt.pt"):
-        raise ValueError(f"{out}/ckpt.pt is there: --init_from=resume goes on with that run, "
-                         "another --out_dir starts one beside it")
-    torch.manual_seed(config.seed)
-    names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
-    train_set = data.open_split(config.data_dir, "train", len(names))
-    val_set = data.open_split(config.data_dir, "val", len(names))
-    hw = train_set[0].hw
-    if val_set[0].hw != hw:
-        raise ValueError(f"{val_set[0].path}: frames of {val_set[0].hw}, in train of {hw}")
-    train_data = TrainData(
-        train_set,
-        seed=config.seed,
-        sampling=config.sampling,
-        sequence_length=config.sequence_length,
-        batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        rank=rank,
-        world_size=world,
-        mixed_stream=config.mixed_stream,
-        mixed_random=config.mixed_random,
-        augmentation=fields_of(Augmentation, config),
-        pin_memory=device.type == "cuda",
-    )
-    model = build(config, hw, len(names), checkpoint).to(device)
-    vars(config).update(dataclasses.asdict(model.config), class_names=names)  # as derived
-    run = Run(config, model, device, dtype, rank, world)
-    if checkpoint:
-        run.restore(checkpoint)
-    if rank == 0:
-        write(f"{out}/config.py", f"# python train.py {out}/config.py\n{dump(vars(config))}")
-    if rank == 0 and config.wandb_log:
-        wandb_module().init(project=config.wandb_project, group=config.wandb_group,
-                            name=config.wandb_run_name, config=vars(config))
-    millions = sum(p.numel() for p in run.parameters) / 1e6
-    print(f"{millions:.2f} M parameters, {train_data.steps_per_epoch} steps an epoch, {device}, "
-            f"{dtype}, {world} process(es); all keys as derived: {out}/config.py\n{model.config}")
-    return run, train_data, val_set, names
-
-
-# ---- the loop
-
 def train(config, checkpoint=None):
     """Train as `config` (a namespace with the keys of `defaults`) says, from `checkpoint` if given.
 
@@ -515,55 +505,58 @@ def train(config, checkpoint=None):
     """
     check(config)
     reuse_memory()
-    device, dtype = resolve_device(config)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-    rank, world = start_processes(device)
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks
-    if rank == 0 and config.data_dir == defaults["data_dir"]:
-        ensure_toy(config.data_dir)
-    if world > 1:
-        dist.barrier()
-    run, train_data, val_set, names = start_run(config, checkpoint, device, dtype, rank, world)
+    out = config.out_dir
+    if not checkpoint and os.path.exists(f"{out}/ckpt.pt"):
+        raise ValueError(f"{out}/ckpt.pt is there: --init_from=resume goes on with that run, "
+                         "another --out_dir starts one beside it")
+    run = Run(config, checkpoint)
+    vars(config).update(dataclasses.asdict(run.model.config), class_names=run.names)  # as derived
+    if checkpoint:
+        run.restore(checkpoint)
+    if run.rank == 0:
+        write(f"{out}/config.py", f"# python train.py {out}/config.py\n{dump(vars(config))}")
+        if config.wandb_log:
+            wandb_module().init(project=config.wandb_project, group=config.wandb_group,
+                                name=config.wandb_run_name, config=vars(config))
+    weights = sum(p.numel() for p in run.parameters)
+    print(f"{run.model.config}\n{weights / 1e6:.2f} M parameters, {run.batches.steps_per_epoch} "
+          f"steps an epoch, {run.device}, {run.dtype}, {run.world} process(es)")
 
-    progress = run.progress
     groups = config.gradient_accumulation_steps
-    frames_a_step = config.sequence_length * config.batch_size * groups * world
-    loader = data.make_loader(train_data.__getitem__, progress.step * groups, config.num_workers)
-    bar = tqdm(total=config.max_steps, initial=progress.step, unit="step", disable=rank > 0)
+    frames_a_step = config.sequence_length * config.batch_size * groups * run.world
+    loader = data.make_loader(run.batches.__getitem__, run.step * groups, config.num_workers)
+    bar = tqdm(total=config.max_steps, initial=run.step, unit="step", disable=run.rank > 0)
     waited = busy = 0.0  # seconds since the last row of the log: for data, and in all
     stopped = False
 
     with bar, StopSignal() as stop:
         if not checkpoint:
             run.save("ckpt.pt")  # so that no run is without one
-        elif run.due(config.eval_interval) and progress.evaluated < progress.step:
-            run.validate(val_set, names)  # it was stopped before or in this validation
+        elif run.due(config.eval_interval) and run.evaluated < run.step:
+            run.validate()  # it was stopped before or in this validation
 
-        while progress.step < config.max_steps and not stopped:
+        while run.step < config.max_steps and not stopped:
             # get data
             started = time.perf_counter()
             batches = [next(loader) for _ in range(groups)]
             waited += time.perf_counter() - started
 
             # one step
-            lr = learning_rate_at(progress.step, config.max_steps, config.learning_rate)
+            lr = learning_rate_at(run.step, config.max_steps, config.learning_rate)
             run.optimizer.param_groups[0]["lr"] = lr
-            stopped = run.step(batches, stop.number)
+            stopped = run.train_step(batches, stop.number)
             busy += time.perf_counter() - started
             bar.update()
-            peak = peak_gib(device)
-            if 0 < config.max_memory_gib < peak:
-                raise ValueError(f"a peak of {peak:.2f} GiB passed max_memory_gib; {LESS_MEMORY}")
 
             # log
             if run.due(config.log_interval) or run.due(config.eval_interval):
-                frames_per_s = progress.count * frames_a_step / busy
-                bar.set_postfix(fps=round(frames_per_s, 1), loss=round(progress.smoothed, 3))
-                run.add_row(lr=lr, frames_per_s=round(frames_per_s, 2),
-                            data_wait=round(waited / busy, 3), peak_gib=round(peak, 3))
+                speed = {
+                    "frames_per_s": round(run.count * frames_a_step / busy, 2),
+                    "data_wait": round(waited / busy, 3),
+                    "peak_gib": round(peak_gib(run.device), 3),
+                }
+                bar.set_postfix(speed, loss=run.smoothed)
+                run.add_row(lr=lr, **speed)
                 waited = busy = 0.0
 
             # save, also before a validation, which takes long and may run out of memory
@@ -572,23 +565,21 @@ def train(config, checkpoint=None):
 
             # evaluate
             if run.due(config.eval_interval) and not stopped:
-                run.validate(val_set, names)
+                run.validate()
 
     if stopped:
-        print(f"stopped at step {progress.step}; go on: "
-                f"python train.py --out_dir={config.out_dir} --init_from=resume")
+        print(f"stopped at step {run.step}; go on: "
+              f"python train.py --out_dir={out} --init_from=resume")
     else:
-        print(f"done, best AP {progress.best_ap:.4f}; see {config.out_dir}/curves.png; "
-                f"next: python eval.py --ckpt {config.out_dir}/best.pt")
+        print(f"done, best AP {run.best_ap:.4f}; see {out}/curves.png; "
+              f"next: python eval.py --ckpt {out}/best.pt")
     return 130 if stopped and stop.number == signal.SIGINT else 0
 
 
 def resume(out_dir, argv):
-    """Exit status of a run that goes on from out_dir/ckpt.pt, its config as `argv` changes it."""
+    """Exit status of the run in out_dir, which goes on with its config as `argv` changes it."""
     path = os.path.join(out_dir, "ckpt.pt")
     checkpoint = read_checkpoint(path)
-    if "progress" not in checkpoint:
-        raise ValueError(f"{path}: weights without a training state; start with --init_from={path}")
     with reading(f"{path}, resumed"):  # what a damaged state raises, here or at its first step
         saved = defaults | checkpoint["config"] | {"out_dir": out_dir}
         config = configure(saved, argv)
