@@ -55,13 +55,16 @@ def draw(events, detections, class_names, truth=()):
 # ---- training
 
 def draw_curves(path, rows):
-    """Every column of a log over its steps, a panel each, as a picture; rows: dicts, empty fields are left out."""
-    keys = list(rows[0])[1:]  # the first is the step
+    """Every column of a log over its steps, a panel each, as a picture; rows: dicts with a step."""
+    curves = {}
+    for row in rows:
+        for key, value in row.items():
+            curves.setdefault(key, []).append((row["step"], value))
+    del curves["step"]
     figure = Figure((16, 8), layout="constrained")
-    panels = figure.subplots(-(-len(keys) // 4), 4)
-    for axes, key in zip(panels.flat, keys):
-        points = [(row["step"], row[key]) for row in rows if row[key] != ""]
-        steps, values = np.reshape(points, (-1, 2)).T
+    panels = figure.subplots(-(-len(curves) // 4), 4, squeeze=False)
+    for axes, key in zip(panels.flat, curves):
+        steps, values = np.transpose(curves[key])
         axes.plot(steps, values, ".-")
         axes.set(title=key, xlabel="step")
     write(path, figure.savefig)

@@ -155,7 +155,7 @@ def test_train_from_poisoned_weights_ends_the_run(traffic, tmp_path):
     checkpoint = checkpoint_of(tmp_path / "a")
     checkpoint["model"]["stages.0.norm.bias"][0] = float("nan")
     torch.save(checkpoint, tmp_path / "poisoned.pt")
-    with pytest.raises(ValueError, match="for 2 steps"):
+    with pytest.raises(ValueError, match="2 steps in a row"):
         train.main([*argv, f"--out_dir={tmp_path}/b", f"--init_from={tmp_path}/poisoned.pt",
                     "--max_steps=9", "--max_bad_steps=2"])
 

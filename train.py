@@ -120,7 +120,7 @@ def check(config):
             raise ValueError(f"{key}={value}: below {least}")
     least = min(config.batch_size - 1, config.mixed_stream, config.mixed_random)
     if config.sampling == "mixed" and least <= 0:
-        raise ValueError("sampling=mixed needs batch_size from 2 on, mixed_random, mixed_stream > 0")
+        raise ValueError("sampling=mixed needs batch_size > 1, mixed_stream > 0, mixed_random > 0")
     for kind in PARTS:
         fields_of(kind, config)
 
@@ -283,7 +283,7 @@ class Run:
         if config.compile and self.cuda:
             self.forward = torch.compile(self.forward)
         if self.world > 1:
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(self.forward)
 
         # optimiser
         self.optimizer = torch.optim.AdamW(
@@ -455,7 +455,8 @@ class Run:
             rng=torch.get_rng_state(),
         )
         write(f"{self.config.out_dir}/{name}", lambda file: torch.save(whole, file))
-        draw_curves(f"{self.config.out_dir}/curves.png", self.log)
+        if self.log:
+            draw_curves(f"{self.config.out_dir}/curves.png", self.log)
 
     def restore(self, checkpoint):
         """Go on from where `checkpoint` was saved."""
@@ -580,6 +581,8 @@ def resume(out_dir, argv):
     """Exit status of the run in out_dir, which goes on with its config as `argv` changes it."""
     path = os.path.join(out_dir, "ckpt.pt")
     checkpoint = read_checkpoint(path)
+    if "progress" not in checkpoint:
+        raise ValueError(f"{path}: weights without a training state; start with --init_from={path}")
     with reading(f"{path}, resumed"):  # what a damaged state raises, here or at its first step
         saved = defaults | checkpoint["config"] | {"out_dir": out_dir}
         config = configure(saved, argv)
