@@ -39,7 +39,7 @@ def test_each_config_trains_two_steps_and_evaluates_from_its_checkpoint(name, tr
         assert checkpoint["config"][key] == written[key]
     assert checkpoint["step"] == 2 and checkpoint["config"]["num_classes"] == 8
     evaluation.main(["--ckpt", str(tmp_path / "ckpt.pt")])
-    assert json.loads((tmp_path / "eval" / "report.json").read_text())
+    assert json.loads((tmp_path / "eval" / "ckpt_test.json").read_text())
     assert (tmp_path / "curves.png").stat().st_size > 1000
     again = configurator.configure(train.defaults, [str(tmp_path / "config.py")])
     assert again == checkpoint["config"]
