@@ -115,11 +115,10 @@ def span(sequence, T):
 
 
 def play(sequences, T):
-    """Chunks of sequences one after another: (sequence, first frame, whether it starts)."""
+    """Chunks of sequences that play one after another: (sequence, first frame)."""
     for sequence in sequences:
-        frames = span(sequence, T)
-        for frame in frames:
-            yield sequence, frame, frame == frames[0]
+        for frame in span(sequence, T):
+            yield sequence, frame
 
 
 @torch.inference_mode()
@@ -162,7 +161,7 @@ def run(
         """Events (T, B, 20, H, W) uint8 of step k, zeros behind the end of a sequence."""
         shape = (T, len(steps[k]), 20, *sequences[0].hw)
         events = torch.zeros(shape, dtype=torch.uint8, pin_memory=kind == "cuda")
-        for b, (sequence, start, _) in enumerate(steps[k]):
+        for b, (sequence, start) in enumerate(steps[k]):
             stop = min(start + T, sequence.length)
             sequence.read(start, stop, events[:, b].numpy())
         return events
@@ -176,14 +175,15 @@ def run(
         # The labelled frames among the T * B of this step, time first.
         index = []
         due = []
-        for n, (t, (sequence, start, _)) in enumerate(itertools.product(range(T), step)):
+        for n, (t, (sequence, start)) in enumerate(itertools.product(range(T), step)):
             if (sequence.name, start + t) in labels:
                 index.append(n)
                 due.append((sequence.name, start + t))
 
         # A slot that starts a sequence forgets the one before.
-        starts = torch.tensor([chunk[2] for chunk in step], device=device)
-        state = reset_state([s[: len(step)] for s in state], starts)
+        is_first = [start == span(sequence, T)[0] for sequence, start in step]
+        is_first = torch.tensor(is_first, device=device)
+        state = reset_state([s[: len(step)] for s in state], is_first)
         events = next(loader).to(device, non_blocking=True)
         index = torch.tensor(index, dtype=torch.int64, device=device)
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32):

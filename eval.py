@@ -2,15 +2,16 @@
 
 In: a checkpoint (ours, RVT's or its eTraM fork's) and prepared sequences. Architecture, data and
 classes come from the checkpoint. Out: a table, and in out_dir/eval (out_dir: the checkpoint's
-folder) report.json and report.png.
+folder) a report, CHECKPOINT_SPLIT.json, with pictures, CHECKPOINT_SPLIT.png.
 
     python eval.py --ckpt out/ckpt.pt --split=test
     python eval.py --ckpt rvt-b.ckpt configs/gen1.py --data_dir=datasets/gen1
-    python eval.py --compare a/eval/report.json b/eval/report.json
+    python eval.py --compare a/eval/best_test.json b/eval/best_test.json
 """
 
 import hashlib
-import json as jsonlib
+import json
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,6 @@ score = "cls"  # detections rank by: cls (p_cls, as in RVT) or obj*cls (p_obj * 
 confidence = 0.001  # detections below this p_obj * p_cls are dropped
 nms_iou = 0.45  # of two detections of a class that overlap more, the worse is dropped
 small_classes = ("pedestrian", "two-wheeler", "bicycle", "motorbike", "wheelchair")  # get a mean
-json = ""  # path of the report (.json is added); empty: out_dir/eval/report.json
 dtype = "float32"  # float32, bfloat16 or float16
 defaults = {
     key: value
@@ -118,19 +118,14 @@ def report(
     return {"settings": settings, "sizes": sizes, "rows": rows, "curves": curves}
 
 
-def line(title, row, base=None):
-    """Line of a table: frames, boxes, scores in percent (or differences to a `base`), title."""
+def line(title, row, base, sign=""):
+    """Line of a table: frames, boxes, scores in percent less those of `base`, title."""
     text = f"{row['frames']:7}{row['boxes']:8}"
     for name in list(row)[2:]:
-        values = [row[name]]
-        if base is not None:
-            values.append(base.get(name))
-        if None in values:
+        if row[name] is None or base.get(name) is None:
             text += "    n/a"
-        elif base is None:
-            text += f"{100 * values[0]:7.1f}"
         else:
-            text += f"{100 * (values[0] - values[1]):+7.1f}"
+            text += f"{100 * (row[name] - base[name]):{sign}7.1f}"
     return f"{text}   {title}"
 
 
@@ -145,7 +140,7 @@ def compare(paths):
     first = None
     for path in paths:
         with reading(path):
-            report = jsonlib.loads(Path(path).read_text())
+            report = json.loads(Path(path).read_text())
             first = first or report
             here = report["settings"] | report["sizes"]
             for key in COMPARABLE:
@@ -155,13 +150,15 @@ def compare(paths):
                     raise ValueError(f"not comparable with {paths[0]}: {what}")
             settings += [f"report: {path}", *[f"{key}: {value}" for key, value in here.items()]]
             for title, row in report["rows"].items():
-                block = lines.setdefault(title, [])
                 columns = list(row)[2:]
+                zero = dict.fromkeys(columns, 0)
                 if report is first:
-                    block.append(line(title, row))
-                else:
-                    block.append(line(f"{title} | {path}", row))
-                    block.append(line("  difference", row, first["rows"].get(title, {})))
+                    lines[title] = [line(title, row, zero)]
+                    continue
+                base = first["rows"].get(title, {})
+                block = lines.setdefault(title, [])
+                block.append(line(f"{title} | {path}", row, zero))
+                block.append(line("  difference", row, base, "+"))
     head = "".join([f" {name:>6}" for name in columns])
     head = f" frames   boxes{head}   in %, by protocol"
     return "\n".join([*settings, head, *sum(lines.values(), [])])
@@ -184,6 +181,15 @@ def main(argv):
     config = SimpleNamespace(**configure(known, argv))
     with reading(f"{path} or an option"):
         train.check(config)
+    name = f"{Path(path).stem}_{config.split}"
+    for key in ("score", "confidence", "nms_iou"):  # reports of other protocols stay, too
+        value = getattr(config, key)
+        if value != defaults[key]:
+            name += f"_{key}={value}".replace("*", "x")
+    folder = Path(config.out_dir, "eval")
+    with reading(f"no report can be written to {folder}; choose another --out_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     device, dtype = train.resolve_device(config)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
@@ -213,9 +219,9 @@ def main(argv):
         return
     settings = {key: getattr(config, key) for key in ("data_dir", "sequence_length", *defaults)}
     result = report(labels, found, *hw, names, strides=model.config.strides, **settings)
-    path = Path((config.json or f"{config.out_dir}/eval/report").removesuffix(".json") + ".json")
-    write(path, jsonlib.dumps(result, indent=1) + "\n")
-    pictures(path.with_suffix(".png"), result, sequences, labels, found, names)
+    path = folder / f"{name}.json"
+    write(path, json.dumps(result, indent=1) + "\n")
+    pictures(folder / f"{name}.png", result, sequences, labels, found, names)
     print(compare([path]))
     print(f"written: {path} and .png")
 

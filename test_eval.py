@@ -178,13 +178,30 @@ def trained(tmp_path):
 def test_main_needs_the_checkpoint_alone(trained, tmp_path, capsys):
     evaluation.main([f"--ckpt={trained}", "--device=cpu"])
     folder = tmp_path / "run" / "eval"
-    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.png"]
-    result = json.loads((folder / "report.json").read_text())
+    assert sorted(path.name for path in folder.iterdir()) == ["ckpt_test.json", "ckpt_test.png"]
+    result = json.loads((folder / "ckpt_test.json").read_text())
     assert result["rows"]["class mean, all boxes"]["frames"] == 6
     assert result["settings"]["boxes"] == 12
     assert result["settings"]["split"] == "test"
     text = capsys.readouterr().out
     assert all(title in text for title in result["rows"])
+
+
+def test_main_keeps_the_reports_of_other_splits_and_protocols(trained, tmp_path):
+    write_prepared(tmp_path / "data", split="val")
+    for words in (["--split=test"], ["--split=val"], ["--score=obj*cls"]):
+        evaluation.main([f"--ckpt={trained}", "--device=cpu", *words])
+    reports = sorted((tmp_path / "run" / "eval").glob("*.json"))
+    names = [path.name for path in reports]
+    assert names == ["ckpt_test.json", "ckpt_test_score=objxcls.json", "ckpt_val.json"]
+    splits = [json.loads(path.read_text())["settings"]["split"] for path in reports]
+    assert splits == ["test", "test", "val"]
+
+
+def test_main_finds_a_folder_that_cannot_be_written_before_it_evaluates(trained, monkeypatch):
+    monkeypatch.setattr(evaluation, "run", None)
+    with pytest.raises(ValueError, match="no report can be written to .*ckpt.pt.eval; choose"):
+        evaluation.main([f"--ckpt={trained}", f"--out_dir={trained}"])
 
 
 def test_main_refuses_other_classes(trained, tmp_path):
@@ -210,7 +227,7 @@ def test_main_on_frames_of_another_size_than_trained_on(tmp_path):
     config = {"data_dir": str(data), "eval_batch_size": 2, "num_workers": 0}
     ckpt = write_checkpoint(tmp_path / "ckpt.pt", small_detector(), **config)
     evaluation.main([f"--ckpt={ckpt}", "--device=cpu", f"--out_dir={tmp_path / 'out'}"])
-    result = json.loads((tmp_path / "out/eval/report.json").read_text())
+    result = json.loads((tmp_path / "out/eval/ckpt_test.json").read_text())
     assert result["settings"]["resolution"] == [48, 96]
 
 
@@ -223,4 +240,4 @@ def test_main_on_a_checkpoint_of_rvt(tmp_path):
     config.write_text("partition_split = 1\ndim_head = 32\nsequence_length = 2\nmax_steps = 7\n")
     words = [f"--ckpt={tmp_path / 'rvt.ckpt'}", str(config), f"--data_dir={data}"]
     evaluation.main([*words, "--device=cpu", "--num_workers=0"])
-    assert (tmp_path / "eval" / "report.json").exists()
+    assert (tmp_path / "eval" / "rvt_test.json").exists()
