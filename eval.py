@@ -34,17 +34,14 @@ from detect import (
 from formats import BOX_DTYPE, reading, write
 from pictures import pictures
 
-ckpt = "out/ckpt.pt"  # checkpoint of train.py, or a Lightning checkpoint of RVT
-split = "test"  # train, val or test
-score = "cls"  # detections rank by: cls (p_cls, as in RVT) or obj*cls (p_obj * p_cls)
-confidence = 0.001  # detections below this p_obj * p_cls are dropped
-nms_iou = 0.45  # of two detections of a class that overlap more, the worse is dropped
-small_classes = ("pedestrian", "two-wheeler", "bicycle", "motorbike", "wheelchair")  # get a mean
-dtype = "float32"  # float32, bfloat16 or float16
 defaults = {
-    key: value
-    for key, value in globals().items()
-    if key[0] != "_" and isinstance(value, (float, str, tuple))
+    "ckpt": "out/ckpt.pt",  # checkpoint of train.py, or a Lightning checkpoint of RVT
+    "split": "test",  # train, val or test
+    "score": "cls",  # detections rank by: cls (p_cls, as in RVT) or obj*cls (p_obj * p_cls)
+    "confidence": 0.001,  # detections below this p_obj * p_cls are dropped
+    "nms_iou": 0.45,  # of two detections of a class that overlap more, the worse is dropped
+    "small_classes": ("pedestrian", "two-wheeler", "bicycle", "motorbike", "wheelchair"),  # a mean
+    "dtype": "float32",  # float32, bfloat16 or float16
 }
 
 # Reports are compared only where these agree.
@@ -60,7 +57,7 @@ def report(
     height,
     width,
     class_names,
-    small_classes=small_classes,
+    small_classes=defaults["small_classes"],
     strides=(),
     **settings,
 ):
