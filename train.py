@@ -169,7 +169,8 @@ def train(config, checkpoint=None):
         dist.init_process_group("nccl" if cuda else "gloo")
         dist.barrier()
     names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
-    sequences, val = (data.open_split(config.data_dir, s, len(names), config.resolution) for s in ("train", "val"))
+    sequences, val = (data.open_split(config.data_dir, s, len(names), config.resolution, labelled=True)
+                      for s in ("train", "val"))
     require(sequences[0].hw == val[0].hw, f"{val[0].path}: frames of {val[0].hw}, in train of {sequences[0].hw}")
     if not min(config.small_threshold, config.medium_threshold):
         for key, tercile in zip(("small_threshold", "medium_threshold"), data.size_thresholds(sequences)):
