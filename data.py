@@ -70,32 +70,37 @@ class Augmentation:
 # ------------------------------------------------------------------------- prepared sequences
 
 
-def load_ascending(path, end, key=()):
-    """Integers (n,) int64 of a .npy file, or of `key` in a .npz.
+def load_labels(path, length, num_classes):
+    """(times (N,), frames (L,), boxes) of a sequence of `length` frames, as they are stored.
 
-    ValueError unless they ascend within range(end).
+    boxes: for each labelled frame an array of BOX_DTYPE in pixels of the sensor.
+    ValueError: a file is missing or damaged, numbers of entries do not fit, times or indices do not
+    ascend, a field is missing, a class id is not below num_classes (0: any).
     """
+    folder = path / REPRESENTATION
     with reading(path):
-        array = np.load(path, allow_pickle=False)[key].ravel().astype(np.int64, casting="same_kind")
-        if (np.diff(array, prepend=-1, append=end) <= 0).any():
-            raise ValueError(f"{key or 'integers'} unsorted, or not within 0 to {end}")
-    return array
+        times = np.load(folder / "timestamps_us.npy", allow_pickle=False)
+        frames = np.load(folder / "objframe_idx_2_repr_idx.npy", allow_pickle=False)
+        stored = np.load(path / "labels_v2/labels.npz", allow_pickle=False)
+        labels = stored["labels"]
+        first = stored["objframe_idx_2_label_idx"]  # first label of each labelled frame
+        for name, array, count, end in (
+            ("timestamps_us", times, length, 2**62),
+            ("objframe_idx_2_repr_idx", frames, len(first), length),
+            ("objframe_idx_2_label_idx", first, len(frames), len(labels)),
+        ):
+            ascends = (np.diff(array, prepend=-1, append=end) > 0).all()
+            if not ascends or len(array) != count:
+                raise ValueError(f"{name}: expected {count} integers that ascend below {end}")
 
-
-def load_boxes(path, num_classes):
-    """All boxes (n,) BOX_DTYPE of a labels.npz, in pixels of the sensor.
-
-    ValueError: a field is missing, or a class id from num_classes on (0: any).
-    """
-    with reading(path):
-        labels = np.load(path, allow_pickle=False)["labels"]
         boxes = np.ones(len(labels), BOX_DTYPE)
         missing = {"track_id", "class_confidence"} - set(labels.dtype.names)  # in older sets
         for name in set(BOX_DTYPE.names) - missing:
             boxes[name] = labels[name]
         if boxes["class_id"].max(initial=0) >= (num_classes or 2**16):
             raise ValueError(f"class ids from {num_classes} on: name all classes")
-    return boxes
+        # labels before the first labelled frame belong to none
+        return times, frames, np.split(boxes, first)[1:]
 
 
 @functools.lru_cache(maxsize=64)  # Gen1 has more sequences than a process may hold files open
@@ -103,8 +108,7 @@ def open_events(path):
     """Dataset `data` uint8 (N, 20, H, W) of an event file, kept open; ValueError: it is another."""
     with reading(path):
         data = h5py.File(path, "r", locking=False)["data"]  # network file systems lack locks
-        fits = data.ndim == 4 and data.shape[1] == CHANNELS and 0 not in data.shape
-        if data.dtype != np.uint8 or not fits:
+        if data.dtype != np.uint8 or data.ndim != 4 or data.shape[1] != CHANNELS or 0 in data.shape:
             raise ValueError(f"{data}: expected uint8 (N, {CHANNELS}, H, W)")
     return data
 
@@ -168,20 +172,13 @@ class Sequence:
         self.hw = (H, W)
         self.read(self.length - 1, self.length)  # a file that was cut off fails here
 
-        # labels, in pixels of the sensor
-        self.timestamps_us = load_ascending(folder / "timestamps_us.npy", 2**62)
-        frames = load_ascending(folder / "objframe_idx_2_repr_idx.npy", self.length)
-        path = self.path / "labels_v2/labels.npz"
-        boxes = load_boxes(path, num_classes)
-        first = load_ascending(path, len(boxes), "objframe_idx_2_label_idx")
-        if len(self.timestamps_us) != self.length or len(first) != len(frames):
-            raise ValueError(f"{path.parents[1]}: numbers of windows, times, labels do not fit")
-
-        # labels in pixels of the input; boxes before the first labelled frame belong to none
+        # labels, in pixels of the input; frames that keep no box are unlabelled
+        times, frames, boxes = load_labels(self.path, self.length, num_classes)
+        self.timestamps_us = times.astype(np.int64)
         scale = 2 if resolution == "half" else 1
         label_frames = []
         self.boxes = []
-        for frame, seen in zip(frames, np.split(boxes, first)[1:]):
+        for frame, seen in zip(frames, boxes):
             seen = move_boxes(seen, (scale * H, scale * W), View(zoom=1 / scale))
             if len(seen):
                 label_frames.append(frame)
@@ -212,14 +209,14 @@ class Sequence:
 
 
 def check_frames(sequence):
-    """Decode every frame. ValueError: one is damaged, or most are empty although there are labels."""
+    """Decode every frame; ValueError: one is damaged, or there are labels and hardly any events."""
     empty = 0
     for frame in range(sequence.length):
         if not sequence.read(frame, frame + 1).any():
             empty += 1
     if sequence.boxes and empty > 0.9 * sequence.length:
-        raise ValueError(f"{sequence.path}: labelled, but {empty} of {sequence.length} windows hold "
-                         "no events; do events and labels have the same clock?")
+        raise ValueError(f"{sequence.path}: labelled, but {empty} of {sequence.length} windows "
+                         "hold no events; do events and labels have the same clock?")
 
 
 def open_split(data_dir, split, num_classes=0, resolution="auto", labelled=False, findings=None):
@@ -245,10 +242,8 @@ def open_split(data_dir, split, num_classes=0, resolution="auto", labelled=False
             sequences.append(sequence)
         except ValueError as error:
             found.append(str(error))
-    if not folder.is_dir():
-        found.append(f"no such folder: {folder}; prepare.py makes it")
-    elif not paths:
-        found.append(f"{folder}: no sequences; prepare.py prepares them")
+    if not paths:
+        found.append(f"{folder}: no such folder, or no sequences in it; prepare.py prepares them")
     elif labelled and not found and not any(sequence.boxes for sequence in sequences):
         found.append(f"{folder}: no labelled frames; prepare its recordings with their labels")
     if findings is not None:
@@ -302,7 +297,7 @@ def draw_view(rng, hw, boxes, augmentation, random):
     start = np.array((x, y))
     size = np.array((hw[1], hw[0]))
     window = (size / factor).astype(int)
-    first = np.zeros(2)
+    first = 0
     last = size - window
     if inward:
         reach = np.maximum(window, (w, h))
@@ -354,39 +349,40 @@ class Runs:
     A stream goes from T - 1 frames before a labelled frame to the last one before a label gap
     longer than T, so each chunk holds a labelled frame. random: the T frames up to each labelled
     frame, where there are T.
-    chunks: list of (index of the sequence, first frame of the run, start, end), run by run.
+    runs: lists of chunks (index of the sequence, first frame of the run, start, end).
+    length: chunks of all runs.
     """
 
     def __init__(self, sequences, T, seed, random):
         self.key = (seed, int(random))
         self.random = random
-        self.chunks = []
+        self.runs = []
         gap = 0 if random else T
         for index, sequence in enumerate(sequences):
             frames = sequence.label_frames
             if random:
                 frames = frames[frames >= T - 1]
-            for labels in np.split(frames, np.flatnonzero(np.diff(frames) > gap) + 1):
-                if len(labels):
-                    first = max(int(labels[0]) - T + 1, 0)
-                    end = int(labels[-1]) + 1
-                    for start in range(first, end, T):
-                        self.chunks.append((index, first, start, min(start + T, end)))
-        starts = [run == start for _, run, start, _ in self.chunks]
-        self.run_of = np.cumsum(starts, dtype=np.int32) - 1  # number of each chunk's run
+            starts = np.flatnonzero(np.diff(frames, prepend=-T - 1) > gap)
+            for labels in np.split(frames, starts)[1:]:
+                first = max(int(labels[0]) - T + 1, 0)
+                end = int(labels[-1]) + 1
+                chunks = range(first, end, T)
+                self.runs.append([(index, first, at, min(at + T, end)) for at in chunks])
+        self.length = sum(map(len, self.runs))
 
     @functools.lru_cache(maxsize=256)  # more than a process has slots: each draws once a pass
     def order(self, slot, p):
-        """Indices of the chunks as `slot` plays them in pass p: runs shuffled, each in order."""
+        """The chunks as `slot` plays them in pass p: runs shuffled, each in order."""
         rng = np.random.default_rng((*self.key, 0, slot, p))
-        rank = rng.permutation(self.run_of[-1] + 1)
-        return np.argsort(rank[self.run_of], kind="stable").astype(np.int32)
+        chunks = []
+        for run in np.argsort(rng.permutation(len(self.runs))):
+            chunks += self.runs[run]
+        return chunks
 
     def place(self, slot, slots, step):
         """(chunk, key): what `slot` of `slots` plays at `step`, and integers that name the run."""
-        L = len(self.chunks)
-        p, position = divmod(step + slot * L // slots, L)
-        chunk = self.chunks[self.order(slot, p)[position]]
+        p, position = divmod(step + slot * self.length // slots, self.length)
+        chunk = self.order(slot, p)[position]
         return chunk, (*self.key, 1, slot, p, *chunk[:2])
 
 
@@ -402,8 +398,7 @@ def pad_targets(frames):
     for target, boxes in zip(targets, frames):
         x = boxes["x"] + boxes["w"] / 2
         y = boxes["y"] + boxes["h"] / 2
-        columns = np.stack((boxes["class_id"], x, y, boxes["w"], boxes["h"]), 1)
-        target[:len(boxes)] = columns
+        target[:len(boxes)] = np.stack((boxes["class_id"], x, y, boxes["w"], boxes["h"]), 1)
     return torch.from_numpy(targets)
 
 
@@ -440,26 +435,24 @@ class TrainData:
         self.augmentation = augmentation
         self.pin_memory = pin_memory
 
-        # of the slots of a micro-batch, some play streams, the others random windows
-        streams = batch_size if sampling == "stream" else 0
+        # the slots of a micro-batch: streams, then random windows, each numbered among its kind
+        count = batch_size if sampling == "stream" else 0
         if sampling == "mixed":
             share = mixed_stream / (mixed_stream + mixed_random)
-            streams = min(max(round(batch_size * share), 1), batch_size - 1)
-        counts = {Runs(sequences, self.T, seed, random=False): streams,
-                  Runs(sequences, self.T, seed, random=True): batch_size - streams}
-
-        # for each micro-batch of a step, the (runs, slot, slots in all) that it plays
-        self.groups = []
-        for a in range(gradient_accumulation_steps):
-            group = []
-            for runs, count in counts.items():
-                slots = world_size * gradient_accumulation_steps * count
-                first = (rank * gradient_accumulation_steps + a) * count
-                group += [(runs, slot, slots) for slot in range(first, first + count)]
-            self.groups.append(group)
-        if not all(runs.chunks for runs, *_ in group):
+            count = min(max(round(batch_size * share), 1), batch_size - 1)
+        streams = Runs(sequences, self.T, seed, random=False)
+        self.slots = [(streams, number, count) for number in range(count)]
+        count = batch_size - count
+        windows = Runs(sequences, self.T, seed, random=True)
+        self.slots += [(windows, number, count) for number in range(count)]
+        if not all(runs.length for runs, *_ in self.slots):
             raise ValueError(f"{sequences[0].path.parent}: no labelled frame for {sampling=}")
-        self.steps_per_epoch = len(group[0][0].chunks)
+        self.steps_per_epoch = self.slots[0][0].length
+
+        # the micro-batches of a step, over all processes
+        self.accumulation = gradient_accumulation_steps
+        self.first_group = rank * gradient_accumulation_steps
+        self.groups = world_size * gradient_accumulation_steps
 
     def change_events(self, events, seed, start):
         """Change the frames of a slot in place. Nothing by default: the place for event dropout,
@@ -471,9 +464,9 @@ class TrainData:
         """
 
     def __getitem__(self, index):
-        step, a = divmod(index, len(self.groups))
-        group = self.groups[a]
-        T, B = self.T, len(group)
+        step, a = divmod(index, self.accumulation)
+        group = self.first_group + a
+        T, B = self.T, len(self.slots)
         H, W = self.sequences[0].hw
         # numpy's memory is used again, torch's is paged in from scratch: half the frames/s
         events = np.empty((T, B, CHANNELS, H, W), np.uint8)
@@ -481,15 +474,16 @@ class TrainData:
         rows = []
         cols = []
         labels = {}  # boxes by (t, b)
-        for b, (runs, slot, slots) in enumerate(group):
-            (which, run, start, end), key = runs.place(slot, slots, step)
+        for b, (runs, number, count) in enumerate(self.slots):
+            chunk, key = runs.place(group * count + number, self.groups * count, step)
+            which, run, start, end = chunk
             sequence = self.sequences[which]
             is_first.append(run == start)
 
             # events
             shown = events[:, b]
             sequence.read(start, end, shown)
-            self.change_events(shown[:end - start], (*key, 1), start)
+            self.change_events(shown[:end - start], (*key, 1), start)  # not the view's seed
             shown[end - start:] = 0
 
             # flip and zoom, constant along a run
@@ -565,11 +559,10 @@ def main(argv):
     sides = {}
     for split in config["split"]:
         sequences = open_split(root, split, len(names), labelled=True, findings=findings)
-        frames = sum(sequence.length for sequence in sequences)
         labelled = sum(len(sequence.boxes) for sequence in sequences)
         boxes = all_boxes(sequences)
         sides[split] = np.sqrt(boxes["w"] * boxes["h"])
-        print(f"{split}: {len(sequences)} sequences, {frames} frames, {labelled} with boxes")
+        print(f"{split}: {len(sequences)} sequences, {labelled} labelled frames")
         for k in np.unique(boxes["class_id"]):
             chosen = sides[split][boxes["class_id"] == k]
             size = np.median(chosen)

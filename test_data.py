@@ -215,7 +215,7 @@ def test_open_split_says_what_to_do_where_a_split_is_missing_or_empty(tmp_path):
     for split in ("train", "val"):
         with pytest.raises(ValueError, match=f"{split}.*prepare.py"):
             open_split(tmp_path, split)
-    with pytest.raises(ValueError, match="no such folder: .*/typo"):
+    with pytest.raises(ValueError, match="/typo: no such folder"):
         open_split(tmp_path, "typo")
 
 
@@ -231,7 +231,7 @@ def test_open_split_names_a_split_without_labels_where_they_are_asked_for(tmp_pa
 def test_open_split_refuses_class_ids_beyond_the_classes_and_other_sizes(tmp_path):
     make_set(tmp_path, [[1]], length=3)
     assert len(open_split(tmp_path, "train", num_classes=2)) == 1
-    with pytest.raises(ValueError, match="labels.npz.*class ids from"):
+    with pytest.raises(ValueError, match="train/s0: class ids from"):
         open_split(tmp_path, "train", num_classes=1)
     write_sequence(tmp_path / "train" / "t", {1: [BOX]}, 3, hw=(16, 32))
     with pytest.raises(ValueError, match="t: frames of"):
@@ -347,21 +347,21 @@ def test_index_map_equals_torch_nearest_exact_of_crop_and_canvas_bit_for_bit(inw
 def test_runs_by_hand(toy_set):
     runs = data.Runs(toy_set, 4, seed=0, random=False)
     # gaps longer than T = 4 cut: 6 -> 20, 22 -> 29, 13 -> 26
-    assert runs.chunks == [
-        (0, 0, 0, 4), (0, 0, 4, 7), (0, 17, 17, 21), (0, 17, 21, 23), (0, 26, 26, 30),
-        (1, 6, 6, 10), (1, 6, 10, 14), (1, 23, 23, 27), (2, 12, 12, 16)]
-    assert runs.run_of.tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 5]
+    assert runs.runs == [
+        [(0, 0, 0, 4), (0, 0, 4, 7)], [(0, 17, 17, 21), (0, 17, 21, 23)], [(0, 26, 26, 30)],
+        [(1, 6, 6, 10), (1, 6, 10, 14)], [(1, 23, 23, 27)], [(2, 12, 12, 16)]]
+    assert runs.length == 9
     windows = data.Runs(toy_set, 4, seed=0, random=True)  # frame 1 has no three frames before it
-    assert windows.chunks[:3] == [(0, 0, 0, 4), (0, 2, 2, 6), (0, 3, 3, 7)]
-    assert len(windows.chunks) == 6 + 6 + 1
-    assert data.Runs([], 4, 0, False).chunks == []
+    assert windows.runs[:3] == [[(0, 0, 0, 4)], [(0, 2, 2, 6)], [(0, 3, 3, 7)]]
+    assert windows.length == 6 + 6 + 1
+    assert data.Runs([], 4, 0, False).runs == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 13])  # fewer runs than slots is fine
 def test_runs_play_every_chunk_once_a_pass_in_order_within_a_run(toy_set, batch_size):
     train = plan(toy_set, batch_size=batch_size)
     L = train.steps_per_epoch
-    chunks = data.Runs(toy_set, 4, 0, False).chunks
+    chunks = sum(data.Runs(toy_set, 4, 0, False).runs, [])
     batches = [train[step] for step in range(2 * L)]
     for b in range(batch_size):
         begin = -(b * L // batch_size) % L  # the first step at which this slot begins a pass
@@ -583,7 +583,7 @@ def test_data_main_counts_and_draws_what_a_set_holds(tmp_path, capsys):
     (tmp_path / "dataset.json").write_text('{"classes": ["car", "tram"]}')
     data.main([str(tmp_path), f"--picture={tmp_path}/sizes.png"])
     out = capsys.readouterr().out
-    assert "train: 3 sequences, 30 frames, 4 with boxes" in out and "val: 1 sequences" in out
+    assert "train: 3 sequences, 4 labelled frames" in out and "val: 1 sequences" in out
     assert "1 boxes of class 0 car, median side 27 pixels" in out  # 31 x 23
     assert "4 boxes of class 1 tram, median side 9 pixels" in out  # 10 x 8, one 5.5 x 10
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
@@ -600,9 +600,9 @@ def test_data_main_lists_what_training_would_fail_on(tmp_path, capsys):
     with pytest.raises(ValueError, match="findings: 3"):
         data.main([str(tmp_path), "--picture="])
     *rows, first, second, third = capsys.readouterr().out.splitlines()
-    assert "train: 1 sequences, 10 frames, 2 with boxes" in rows
+    assert "train: 1 sequences, 2 labelled frames" in rows
     assert first.startswith(f"FINDING: {tmp_path}/train/s1/")
-    assert "train/s2" in second and "unsorted" in second
+    assert "train/s2" in second and "ascend" in second
     assert "train/s3" in third and "frame 4 does not decode" in third
     data.main([str(tmp_path), "--split=val", "--picture="])
     with pytest.raises(ValueError, match="findings: 1"):
