@@ -3,7 +3,8 @@
     python train.py configs/gen1.py --data_dir=datasets/gen1
     python eval.py --ckpt rvt-b.ckpt configs/gen1.py --data_dir=datasets/gen1
 
-RVT's paper reports an mAP of 47.2 on the test split (class mean, Prophesee filter). Here: not measured.
+RVT's paper reports an mAP of 47.2 on the test split (class mean, Prophesee filter). Here: not
+measured.
 """
 
 class_names = ("car", "pedestrian")

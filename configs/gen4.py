@@ -1,9 +1,11 @@
-"""RVT-B on 1 Mpx at half resolution (360x640, three classes) as its paper trains it: mixed sampling, 400k steps.
+"""RVT-B on 1 Mpx at half resolution (360x640, three classes) as its paper trains it: mixed
+sampling, 400k steps.
 
     torchrun --nproc_per_node=2 train.py configs/gen4.py --data_dir=datasets/gen4 --batch_size=12
     python eval.py --ckpt rvt-b.ckpt configs/gen4.py --data_dir=datasets/gen4
 
-RVT's paper reports an mAP of 47.4 on the test split (class mean, Prophesee filter). Here: not measured.
+RVT's paper reports an mAP of 47.4 on the test split (class mean, Prophesee filter). Here: not
+measured.
 """
 
 class_names = ("pedestrian", "two-wheeler", "car")

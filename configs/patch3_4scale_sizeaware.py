@@ -1,9 +1,10 @@
-"""Patch 3 at four scales (strides 3, 6, 12, 24) with the size-aware IoU loss: between patch 4 and patch 2.
+"""Patch 3 at four scales (strides 3, 6, 12, 24) with the size-aware IoU loss: between patch 4 and
+patch 2.
 
     python train.py configs/patch3_4scale_sizeaware.py --data_dir=datasets/etram
 
-Frames of 360x640 are padded to 360x648, so every level is exact: 120x216, 60x108, 30x54, 15x27. The notes hoped for
-a third less memory than patch 2 and report no score. Here: not measured.
+Frames of 360x640 are padded to 360x648, so every level is exact: 120x216, 60x108, 30x54, 15x27. The
+notes hoped for a third less memory than patch 2 and report no score. Here: not measured.
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")

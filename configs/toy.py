@@ -1,9 +1,11 @@
-"""RVT-T's width on the simulated traffic, in minutes on two CPU cores: strides 4, 8, 16, since the objects are small.
+"""RVT-T's width on the simulated traffic, in minutes on two CPU cores: strides 4, 8, 16, since the
+objects are small.
 
     python train.py configs/toy.py
 
-Reached, class mean over all boxes of the test split: AP 11.5, AP50 25.6 (seed 0); with --max_steps=1000 AP 12.0, AP50
-26.8 (seed 0) and AP 11.4, AP50 25.2 (seed 1), on two cores (EPYC), where a step takes 0.6 s.
+Reached, class mean over all boxes of the test split: AP 11.5, AP50 25.6 (seed 0); with
+--max_steps=1000 AP 12.0, AP50 26.8 (seed 0) and AP 11.4, AP50 25.2 (seed 1), on two cores (EPYC),
+where a step takes 0.6 s.
 """
 
 out_dir = "out_toy"
@@ -14,7 +16,7 @@ fpn_stages = (1, 2, 3)
 sequence_length = 5
 batch_size = 4
 eval_batch_size = 4
-sampling = "random"      # in a few hundred steps, unlike frames teach more than streams: AP 6.9 against 5.0 at step 600
+sampling = "random"      # unlike frames teach more in few steps: AP 6.9, not 5.0, at step 600
 zoom_random = 0.0        # a few passes over the data: nothing to gain from harder frames
 learning_rate = 2e-3
 num_workers = 1
