@@ -152,21 +152,20 @@ class Sequence:
     read(start, stop, out): event frames.
     Whatever has these plays in TrainData and detect.run: for a format of your own, write such a
     class and name it in open_split. Ours also pickles, for it holds no open file.
-    resolution, num_classes: as in open_split. ValueError names what is missing,
-    damaged or does not fit the others.
+    The half-resolution file is taken where there is one. num_classes: as in open_split.
+    ValueError names what is missing, damaged or does not fit the others.
     """
 
-    def __init__(self, path, resolution="auto", num_classes=0):
+    def __init__(self, path, num_classes=0):
         self.path = Path(path)
         self.name = self.path.name
         folder = self.path / REPRESENTATION
 
         # events
-        if resolution == "auto":
-            resolution = "half" if (folder / FILES["half"]).is_file() else "full"
-        self.file = folder / FILES.get(resolution, "")
+        half = (folder / FILES["half"]).is_file()
+        self.file = folder / FILES["half" if half else "full"]
         if not self.file.is_file():
-            raise ValueError(f"{path}: no events for {resolution=}; prepare.py prepares them")
+            raise ValueError(f"{path}: no events; prepare.py prepares them")
         open_events.cache_clear()  # the file may be another one by now
         self.length, _, H, W = open_events(self.file).shape
         self.hw = (H, W)
@@ -175,7 +174,7 @@ class Sequence:
         # labels, in pixels of the input; frames that keep no box are unlabelled
         times, frames, boxes = load_labels(self.path, self.length, num_classes)
         self.timestamps_us = times.astype(np.int64)
-        scale = 2 if resolution == "half" else 1
+        scale = 2 if half else 1
         label_frames = []
         self.boxes = []
         for frame, seen in zip(frames, boxes):
@@ -219,10 +218,9 @@ def check_frames(sequence):
                          "hold no events; do events and labels have the same clock?")
 
 
-def open_split(data_dir, split, num_classes=0, resolution="auto", labelled=False, findings=None):
+def open_split(data_dir, split, num_classes=0, labelled=False, findings=None):
     """Sequences of DATA/split by name, each checked and its last frame decoded.
 
-    resolution: "auto" takes the half-resolution file where there is one, "half" and "full" insist.
     ValueError: split missing or empty, or without a labelled frame where `labelled`; a sequence
     damaged, sizes that differ, a class id from num_classes on (0: unchecked). Given a list of
     `findings`, all frames are checked, these lines go there, and the sequences that are fine come
@@ -234,7 +232,7 @@ def open_split(data_dir, split, num_classes=0, resolution="auto", labelled=False
     paths = sorted(filter(Path.is_dir, folder.glob("[!.]*")))
     for path in tqdm(paths, split, leave=False, disable=None):
         try:
-            sequence = Sequence(path, resolution, num_classes)
+            sequence = Sequence(path, num_classes)
             if sequences and sequence.hw != sequences[0].hw:
                 raise ValueError(f"{path}: frames of {sequence.hw}, not {sequences[0].hw}")
             if findings is not None:
@@ -539,12 +537,6 @@ def all_boxes(sequences):
     for sequence in sequences:
         boxes += sequence.boxes
     return np.concatenate(boxes)
-
-
-def size_thresholds(sequences):
-    """(small, medium): terciles of the box areas of `sequences` in pixels^2; there must be some."""
-    boxes = all_boxes(sequences)
-    return tuple(np.quantile(boxes["w"] * boxes["h"], (1 / 3, 2 / 3)).tolist())
 
 
 def main(argv):

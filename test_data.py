@@ -121,17 +121,15 @@ def test_sequence_takes_older_labels_without_track_id_and_labels_with_more_field
         assert box == (7, 5, 4, 10, 8, 3, *last)
 
 
-def test_sequence_resolution_is_half_where_both_are_there_or_what_is_asked_for(tmp_path):
+def test_sequence_takes_the_half_resolution_file_where_both_are_there(tmp_path):
     write_sequence(tmp_path / "a", {1: [BOX]}, 3, hw=(48, 64), half=False)
     write_sequence(tmp_path / "b", {1: [BOX]}, 3)
     assert data.Sequence(tmp_path / "a").hw == (48, 64)
     half = Path(data.REPRESENTATION, data.FILES["half"])
     os.rename(tmp_path / "b" / half, tmp_path / "a" / half)
     assert data.Sequence(tmp_path / "a").hw == (24, 32)
-    assert data.Sequence(tmp_path / "a", "full").boxes[0]["x"] == 10
-    for path, resolution in (("a", "quarter"), ("b", "half"), ("b", "auto")):
-        with pytest.raises(ValueError, match="no events for resolution="):
-            data.Sequence(tmp_path / path, resolution)
+    with pytest.raises(ValueError, match="no events"):
+        data.Sequence(tmp_path / "b")
 
 
 @pytest.mark.parametrize("filters", [
@@ -568,11 +566,6 @@ def test_make_loader_raises_a_workers_error_in_a_line_that_names_the_file(tmp_pa
 
 # ---- inspection
 
-
-def test_size_thresholds_are_the_terciles_of_the_areas(tmp_path):
-    boxes = {frame: [(0, 0, 2 * frame, 2, 0)] for frame in range(1, 8)}
-    write_sequence(tmp_path / "train" / "a", boxes, 9)
-    assert data.size_thresholds(open_split(tmp_path, "train")) == pytest.approx((3, 5))
 
 
 def test_data_main_counts_and_draws_what_a_set_holds(tmp_path, capsys):

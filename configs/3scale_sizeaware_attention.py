@@ -3,11 +3,11 @@ outputs.
 
     python train.py configs/3scale_sizeaware_attention.py --data_dir=datasets/etram
 
-The notes report (theirs, unverified) 24.7 in the eTraM fork's in-training validation at threshold 0.1 (baseline 26.0),
-class-agnostic, ids 0 to 2, Prophesee filter. Learning rate and weight decay are the notes'; its
-fork says that the notes' own run never read these two, so the reported number belongs to another
-optimiser. With temporal attention the pyramid runs on every frame, so that batch norm sees
-unlabelled frames too. Here: not measured.
+The notes report (theirs, unverified) 24.7 in the eTraM fork's in-training validation at threshold
+0.1 (baseline 26.0), class-agnostic, ids 0 to 2, Prophesee filter. Learning rate and weight decay
+are the notes'; its fork says that the notes' own run never read these two, so the reported number
+belongs to another optimiser. With temporal attention the pyramid runs on every frame, so that batch
+norm sees unlabelled frames too. Here: not measured.
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")

@@ -2,9 +2,9 @@
 
     python train.py configs/4scale.py --data_dir=datasets/etram
 
-The notes report (theirs, unverified), by the eTraM fork's overall AP (class-agnostic, ids 0 to 2, Prophesee filter): AP
-30.9, small 14.8, one run after training; 27.2 in its in-training validation at threshold 0.1. Here:
-not measured.
+The notes report (theirs, unverified), by the eTraM fork's overall AP (class-agnostic, ids 0 to 2,
+Prophesee filter): AP 30.9, small 14.8, one run after training; 27.2 in its in-training validation
+at threshold 0.1. Here: not measured.
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")

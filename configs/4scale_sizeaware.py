@@ -3,8 +3,9 @@ large one.
 
     python train.py configs/4scale_sizeaware.py --data_dir=datasets/etram
 
-The notes report (theirs, unverified), by the eTraM fork's overall AP (class-agnostic, ids 0 to 2, Prophesee filter): AP
-32.2, small 12.8, one run after training; their target was 36 to 38. Here: not measured.
+The notes report (theirs, unverified), by the eTraM fork's overall AP (class-agnostic, ids 0 to 2,
+Prophesee filter): AP 32.2, small 12.8, one run after training; their target was 36 to 38. Here: not
+measured.
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")

@@ -3,10 +3,10 @@ IoU loss.
 
     python train.py configs/patch2_sizeaware.py --data_dir=datasets/etram
 
-The notes report (theirs, unverified) 15.6 in the eTraM fork's in-training validation at threshold 0.1 (baseline 26.0),
-class-agnostic, ids 0 to 2, Prophesee filter, and a final loss of 5.18. Batch 2 is what fitted their
-24 GB card; --checkpointing=True keeps less for the backward pass, so that a larger one fits. Here:
-not measured.
+The notes report (theirs, unverified) 15.6 in the eTraM fork's in-training validation at threshold
+0.1 (baseline 26.0), class-agnostic, ids 0 to 2, Prophesee filter, and a final loss of 5.18. Batch 2
+is what fitted their 24 GB card; --checkpointing=True keeps less for the backward pass, so that a
+larger one fits. Here: not measured.
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")
