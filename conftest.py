@@ -300,3 +300,34 @@ class Hostile:
         return os.system, ("touch hostile_code_ran",)
 
 
+def checkpoint_of(folder, name="ckpt.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Equal to the bit, NaN included."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i in range(len(a)):
+            assert_same(a[i], b[i], f"{where}.{i}")
+    else:
+        assert a == b or a != a and b != b, where
+
+
+def assert_same_run(a, b):
+    """Two folders hold the same run, but for what it is called and how fast it went."""
+    a, b = checkpoint_of(a), checkpoint_of(b)
+    for run in (a, b):
+        for key in ("out_dir", "init_from", "num_workers"):
+            del run["config"][key]
+        for row in run["progress"]["log"]:
+            for key in ("frames_per_s", "data_wait", "peak_gib"):
+                row.pop(key, None)
+    assert_same(a, b)
