@@ -60,6 +60,7 @@ class ModelConfig:
             if value not in allowed:
                 raise ValueError(f"{key}={value}: expected one of {allowed}")
 
+        self.input_hw = tuple(self.input_hw)
         # width and stride of each level of the pyramid
         self.dims = [self.embed_dim * 2 ** (k - 1) for k in self.fpn_stages]
         self.strides = tuple(self.patch_size * 2 ** (k - 1) for k in self.fpn_stages)

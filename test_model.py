@@ -350,6 +350,35 @@ def test_detector_and_loss_compile_to_one_graph_for_any_number_of_frames(changes
         torch.testing.assert_close(again, statistics)
 
 
+def test_detector_with_its_state_runs_in_onnxruntime_over_a_stream(tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason=f"export to ONNX needs pip install {package}")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install onnxruntime")
+    detector = tiny_detector(fpn_stages=(1, 2), small_object_attention=True)
+
+    # the lines of the README
+    frame = torch.zeros(1, 1, 20, *detector.config.input_hw, dtype=torch.uint8)  # T = B = 1
+    state = detector.initial_state(1)
+    names = [f"state{k}" for k in range(len(state))]
+    inputs = ["frame", *names]
+    outputs = ["box_cxcywh", "obj", "cls", "grid"] + [f"next_{name}" for name in names]
+    path = tmp_path / "detector.onnx"
+    torch.onnx.export(detector, (frame, state), path, input_names=inputs, output_names=outputs,
+                      dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    state = [s.numpy() for s in state]
+
+    torch_state = None
+    for seed in range(4):
+        frame = random_events(1, 1, 20, 48, 64, seed=seed)
+        box, obj, cls, grid, *state = session.run(None, dict(zip(inputs, [frame.numpy(), *state])))
+        with torch.no_grad():
+            prediction, torch_state = detector(frame, torch_state)
+        got = [torch.from_numpy(x) for x in (box, obj, cls, grid, *state)]
+        for x, want in zip(got, (*prediction, *torch_state), strict=True):
+            torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-4)
+
+
 # ---- changes in one place
 
 def train_one_step(detector):
