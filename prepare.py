@@ -12,11 +12,9 @@ import itertools
 import json
 import shutil
 import signal
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import h5py
@@ -94,35 +92,50 @@ JITTER_US = 2_000  # how far off the grid of labels a label may be
 # Another format takes one such function and one line in READERS.
 
 
-def read_rows(column, start, stop):
-    """Values (n,) of an HDF5 column. ValueError where a Blosc chunk lies about its sizes."""
+def read_rows(column, start):
+    """BLOCK values of an HDF5 column. ValueError: a filter is missing, a Blosc chunk is damaged."""
+    for number in column.filter_ids:
+        if not h5py.h5z.filter_avail(number):
+            raise ValueError(
+                f"HDF5 filter {number} is missing (36559 is Prophesee's ECF): set HDF5_PLUGIN_PATH "
+                "to the folder that holds it, or convert the recording to RAW")
     if column.filter_ids[-1:] == (hdf5plugin.BLOSC_ID,):
         rows = column.chunks[0]
-        for row in range(start - start % rows, min(stop, len(column)), rows):
+        for row in range(start - start % rows, min(start + BLOCK, len(column)), rows):
             skipped, chunk = column.id.read_direct_chunk((row,))
             if not skipped:
                 check_blosc(chunk, rows * column.dtype.itemsize)
-    return column[start:stop]
+    return column[start:start + BLOCK]
 
 
 def read_h5(path):
-    """HDF5: t, x, y, p in the group `events` or `CD/events`.
+    """HDF5: columns t, x, y, p in a group `events` or `CD/events`, or a table there (Metavision).
 
     height, width and DSEC's t_offset are scalars or attributes, in the group or at the root.
     """
-    # Room for large chunks, so that each is decompressed once.
-    with h5py.File(path, "r", rdcc_nbytes=1 << 25) as file:
-        group = file["CD/events" if "CD" in file else "events"]
-        scalars = {"height": 0, "width": 0, "t_offset": 0}
-        scalars |= {**file.attrs, **file, **group.attrs, **group}
-        sides = [int(np.asarray(scalars[key]).item()) for key in ("height", "width")]
-        t_offset = int(np.asarray(scalars["t_offset"]).item())
-        yield sides
-        columns = [group[key] for key in "txyp"]
+    # No lock: network file systems have none. Large chunks fit, so that each is decompressed once.
+    with h5py.File(path, "r", locking=False, rdcc_nbytes=1 << 25) as file:
+        events = file.get("events", file.get("CD/events", file))
+        numbers = {"height": 0, "width": 0, "t_offset": 0, **file, **file.attrs, **events.attrs}
+        table = isinstance(events, h5py.Dataset)
+        if table:
+            names = events.dtype.names or ["a plain array"]
+            columns = [events]
+        else:
+            names = list(events)
+            columns = [events[key] for key in "txyp" if key in events]
+            numbers |= events
+        if not set("txyp") <= set(names):
+            raise ValueError(f"{events.name} holds {', '.join(names)}; expected t, x, y, p")
         if {column.shape for column in columns} != {(len(columns[0]),)}:
             raise ValueError("t, x, y and p are not columns of one length")
+        yield [int(np.asarray(numbers[side]).item()) for side in ("height", "width")]
+        t_offset = int(np.asarray(numbers["t_offset"]).item())
         for start in range(0, len(columns[0]), BLOCK):
-            t, x, y, p = (read_rows(column, start, start + BLOCK) for column in columns)
+            rows = [read_rows(column, start) for column in columns]
+            if table:
+                rows = [rows[0][key] for key in "txyp"]
+            t, x, y, p = rows
             yield t.astype(np.int64) + t_offset, x.astype(np.int32), y.astype(np.int32), p > 0
 
 
