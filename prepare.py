@@ -13,6 +13,7 @@ import json
 import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +80,6 @@ CHOICES = {"dataset": DATASETS, "box_filter": ("none", "sides5", "prophesee"), "
 BLOCK = 1 << 19  # events read at a time
 UNKNOWN = 0xFFFF  # side of a sensor, where a file does not tell it
 MAX_PIXELS = 1 << 26  # of a sensor
-MAX_CLASSES = 1 << 16
 MAX_GAP_US = 600_000_000  # without events for longer a time is damaged: sensors are noisy
 MAX_LEAD_US = 10_000_000  # a clock that starts later is not filled with windows from 0 on
 MAX_LENGTH_US = 50_000_000_000  # of a recording: 14 hours
@@ -273,7 +273,8 @@ def read_labels(path):
     where absent. ValueError names the file: unreadable, other fields missing.
     """
     renamed = {"ts": "t", "confidence": "class_confidence"}
-    with reading(path), np.errstate(invalid="ignore"):
+    what = f"{path} (expected: an array with fields {' '.join(BOX_DTYPE.names)})"
+    with reading(what), np.errstate(invalid="ignore"):
         stored = np.load(path, allow_pickle=False).ravel()
         stored.dtype.names = [renamed.get(name, name) for name in stored.dtype.names]
         boxes = np.ones(len(stored), BOX_DTYPE)
@@ -318,31 +319,23 @@ def distance(since_us, step_us):
 def label_frames(times, grid_us):
     """Ascending label times (L,) us -> times (M,) of the labelled frames, us between window ends.
 
-    RVT's rule: the first at or after 100 ms, then each within JITTER_US of a whole number of base
-    steps after the last. Ours: any label rate; and where no later label is in phase any more, the
-    next one that is off the grid of labels altogether starts a new phase (labels on that grid that
-    RVT leaves out are the short tail of a recording).
+    RVT's rule: the first at or after FRAME_US, then each in phase: within JITTER_US of a whole
+    number of base steps after the last. Base step: the whole number of label intervals nearest to
+    FRAME_US, or grid_us. Ours: a label that is off the grid of labels altogether, after a gap or
+    where labels are not periodic, starts a new phase, FRAME_US less half an interval after the last
+    frame at the least.
     """
     interval = np.median(np.diff(times)) if len(times) > 1 else FRAME_US
     base = grid_us or int(max(1, round(FRAME_US / interval)) * interval)
     spacing_us = base / 2 if grid_us else base / max(1, round(base / WINDOW_US))
     times = times[times >= FRAME_US].tolist()
     frames = times[:1]
-    new_phase = None  # index of the first label after the last frame that is off the grid
-    index = 1
-    while index < len(times):
-        since = times[index] - frames[-1]
-        if since >= base - JITTER_US:
-            if distance(since, base) <= JITTER_US:
-                frames.append(times[index])
-                new_phase = None
-            elif new_phase is None and distance(since, interval) > JITTER_US:
-                new_phase = index
-        index += 1
-        if index == len(times) and new_phase is not None:
-            index = new_phase + 1
-            frames.append(times[new_phase])
-            new_phase = None
+    for time in times[1:]:
+        since = time - frames[-1]
+        in_phase = since > JITTER_US and distance(since, base) <= JITTER_US
+        on_grid = interval > 4 * JITTER_US and distance(since, interval) <= JITTER_US
+        if in_phase or since > FRAME_US - min(interval, FRAME_US) / 2 and not on_grid:
+            frames.append(time)
     return np.array(frames, np.int64), spacing_us
 
 
@@ -423,7 +416,9 @@ def prepare_sequence(job):
             boxes = read_labels(files["labels"])
         boxes, report = filter_boxes(
             boxes, *size, len(options.class_names), options.box_filter, split == "train")
-        frames, spacing_us = label_frames(np.unique(boxes["t"]), options.grid_us)
+        times = np.unique(boxes["t"])
+        frames, spacing_us = label_frames(times, options.grid_us)
+        report["label times left out"] = len(times) - len(frames)
         boxes = boxes[np.isin(boxes["t"], frames)]
         if len(frames):
             with reading(files["labels"]):
@@ -459,6 +454,8 @@ def run_jobs(function, jobs, num_workers):
 
 def find_sequences(folder):
     """[(split, name, {"events": path, "labels": path})] in a folder; ValueError if none."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
     found = {}
     for split in ("train", "val", "test"):
         for path in sorted(Path(folder, split).glob("[!.]*")):
@@ -468,17 +465,31 @@ def find_sequences(folder):
                 files = found.setdefault((split, name), {"events": f"no recording beside {path}"})
                 files[kind] = path
     if not found:
-        raise ValueError(f"{folder}: no recordings in its folders train, val and test")
+        raise ValueError(
+            f"{folder}: no recordings in it; expected train/NAME_td.h5 (or .raw, .dat, ...) with "
+            "train/NAME_bbox.npy, also in val and test. DSEC: link SEQUENCE/events/left/events.h5 "
+            "as train/SEQUENCE.h5, its tracks.npy as train/SEQUENCE_bbox.npy, and give "
+            "--height=480 --width=640")
     return [(*key, files) for key, files in found.items()]
 
 
-def number_classes(sequences):
-    """Names "0", "1", ... up to the largest class id in the labels."""
-    ids = [0]
+def name_classes(names, sequences):
+    """Names of the class ids in labels of own data; without any: "0", "1", ... up to the largest.
+
+    ValueError if ids are counted from 1, so that each would get the name of the one after it.
+    """
+    ids = set()
     for _, _, files in sequences:
-        if "labels" in files:
-            ids.extend(read_labels(files["labels"])["class_id"])
-    return [str(number) for number in range(min(max(ids), MAX_CLASSES) + 1)]
+        with suppress(ValueError, KeyError):  # no labels; those that are damaged are reported later
+            ids.update(read_labels(files["labels"])["class_id"].tolist())
+    largest = max(ids, default=0)
+    if not names:
+        return [str(class_id) for class_id in range(min(largest, 1 << 16) + 1)]
+    if 0 not in ids and largest >= len(names):
+        raise ValueError(
+            f"class ids {sorted(ids)}, but names of 0 to {len(names) - 1}: {', '.join(names)}; "
+            "count ids from 0, or name 0 too")
+    return names
 
 
 def prepare(src, dst, dataset="own", num_workers=0, **changes):
@@ -496,7 +507,10 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
         if value not in choices:
             raise ValueError(f"{key}={value!r}: expected {', '.join(choices)}")
     sequences = find_sequences(src)
-    options.class_names = list(options.class_names or number_classes(sequences))
+    options.class_names = [str(name) for name in options.class_names]
+    if dataset == "own":
+        with reading(src):
+            options.class_names = name_classes(options.class_names, sequences)
     about = {
         "classes": options.class_names,
         "box_filter": options.box_filter,
@@ -527,7 +541,10 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
 
 
 def main(argv):
-    print(prepare(**configure(defaults, argv)))
+    counts = prepare(**configure(defaults, argv))
+    print(counts)
+    if set(counts) == {"skipped"}:
+        raise ValueError("nothing was prepared: no labels or no events were left")
 
 
 if __name__ == "__main__":

@@ -259,19 +259,20 @@ def test_windows_without_ends_cover_the_recording_from_its_first_event_on(tmp_pa
 
 
 def test_read_labels_renames_and_sorts_those_of_older_files(tmp_path):
-    old = np.zeros(3, [("ts", "<u8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"), ("class_id", "u1"),
-                       ("confidence", "<f4"), ("track_id", "<u4")])
+    names = ("ts", "x", "y", "w", "h", "class_id", "confidence", "track_id")
+    old = np.zeros(3, list(zip(names, ("<u8", "<f4", "<f4", "<f4", "<f4", "u1", "<f4", "<u4"))))
     old["ts"] = [30, 10, 20]
     old["track_id"] = [3, 1, 2]
     np.save(tmp_path / "a_bbox.npy", old)
     boxes = read_labels(tmp_path / "a_bbox.npy")
     assert boxes.dtype == BOX_DTYPE
     assert boxes["t"].tolist() == [10, 20, 30] and boxes["track_id"].tolist() == [1, 2, 3]
-    np.save(tmp_path / "b_bbox.npy", old[["ts", "x", "y", "w", "h", "class_id"]])
+    np.save(tmp_path / "b_bbox.npy", old[[*names[:6]]])
     assert read_labels(tmp_path / "b_bbox.npy")["class_confidence"].tolist() == [1, 1, 1]
-    np.save(tmp_path / "c_bbox.npy", old[["ts", "x", "y"]])
-    with pytest.raises(ValueError, match="c_bbox.npy: no field of name"):
-        read_labels(tmp_path / "c_bbox.npy")
+    for other in (old[["ts", "x", "y"]], np.zeros((20, 8))):
+        np.save(tmp_path / "c_bbox.npy", other)
+        with pytest.raises(ValueError, match="c_bbox.npy .expected: an array with fields t x y"):
+            read_labels(tmp_path / "c_bbox.npy")
 
 
 def test_filter_boxes_crops_filters_and_counts():
@@ -350,6 +351,24 @@ def test_label_frames_start_a_new_phase_after_a_gap():
     assert label_frames(np.concatenate((before, tail)), 0)[0].max() == 933_324
 
 
+@pytest.mark.parametrize("hertz, jitter_us, share", [
+    (10, 1_000, 0.97), (10, 3_000, 0.95), (10, 10_000, 0.9), (30, 3_000, 0.9), (20, 8_000, 0.85)])
+def test_label_frames_keep_one_about_every_100_ms_where_labels_jitter(hertz, jitter_us, share):
+    rng = np.random.default_rng(0)
+    times = np.arange(1, 100 * hertz) * (1_000_000 // hertz)
+    times = np.unique(times + rng.normal(0, jitter_us, len(times)).astype(int))
+    assert len(label_frames(times, 0)[0]) > share * 1000
+
+
+@pytest.mark.parametrize("hertz", [15, 30, 170, 1000])
+def test_label_frames_keep_one_about_every_100_ms_at_random_times_and_of_two_sources(hertz):
+    rng = np.random.default_rng(0)
+    times = np.unique(rng.integers(100_000, 100_000_000, 100 * hertz))
+    assert len(label_frames(times, 0)[0]) > 100_000_000 / (100_000 + 1_100_000 / hertz)
+    two = np.unique(np.concatenate([np.arange(1, 1000), np.arange(1, 1000) + 0.37]) * 100_000)
+    assert len(label_frames(two.astype(int), 0)[0]) == 999
+
+
 def test_label_frames_take_an_hour_of_labels_in_linear_time():
     began = time.perf_counter()
     assert len(label_frames(np.arange(100_000, 3_600_000_000, 33_333), 0)[0]) == 36_000
@@ -413,6 +432,15 @@ def test_prepare_keeps_small_boxes_of_own_data_and_numbers_their_classes(tmp_pat
     assert found == ["dataset.json", "test", "train"]
 
 
+def test_name_classes_makes_numbers_names_and_refuses_ids_from_one(tmp_path):
+    raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:6], class_id=[1, 2, 3] * 2))
+    with pytest.raises(ValueError, match="class ids .1, 2, 3.*0 to 2: a, b, c"):
+        prepare.prepare(raw, tmp_path / "out", class_names=("a", "b", "c"))
+    prepare.prepare(raw, tmp_path / "out", class_names=(10, 20, 30, 40))
+    about = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert about["classes"] == ["10", "20", "30", "40"]
+
+
 def test_prepare_gives_a_recording_without_labels_windows_from_its_first_event_on(tmp_path):
     raw_set(tmp_path / "raw")
     prepare.prepare(tmp_path / "raw", tmp_path / "out", "etram")
@@ -445,7 +473,7 @@ def test_prepare_resumes_and_an_interrupted_run_leaves_no_half_sequence(tmp_path
 
 
 def test_prepare_names_wrong_options_and_folders(tmp_path):
-    with pytest.raises(ValueError, match="no recordings in its folders"):
+    with pytest.raises(ValueError, match="no recordings in it.*train/NAME_td.h5.*DSEC"):
         prepare.prepare(tmp_path, tmp_path / "out", "own")
     raw_set(tmp_path)
     for change in (dict(dataset="dsec"), dict(box_filter="big"), dict(downsample="half")):
