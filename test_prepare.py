@@ -88,21 +88,26 @@ def test_check_blosc_refuses_sizes_that_a_header_does_not_tell():
 
 
 @pytest.mark.parametrize("name, size, count, span, first, limits, polarity", [
-    ("driving_gen41_1280x720_8.8ms_evt3.raw", (720, 1280), 219_596, 8_811, 11_718_656, (0, 1279, 0, 719),
-     (104_064, 115_532)),
-    ("pedestrians_gen41_1280x720_45ms_evt3.raw", (720, 1280), 5_000, 45_210, None, (11, 1279, 22, 698), (2_106, 2_894)),
-    ("indoor_640x480_2.08s_evt3_payload_noheader.evt3", (480, 640), 343_474, 2_078_178, None, None, (218_291, 125_183)),
-    ("rotating_dot_gen3_640x480_50ms_evt2.raw", (480, 640), 539_481, 50_000, None, (60, 599, 18, 475), None),
-    ("ncars_obj_004397_100ms_td.dat", (61, 54), 4_407, 100_000, None, (0, 53, 1, 60), (1_671, 2_736))])
-def test_real_recordings_hold_what_their_description_says(name, size, count, span, first, limits, polarity):
+    ("driving_gen41_1280x720_8.8ms_evt3.raw", (720, 1280), 219_596, 8_811, 11_718_656,
+     (0, 1279, 0, 719), (104_064, 115_532)),
+    ("pedestrians_gen41_1280x720_45ms_evt3.raw", (720, 1280), 5_000, 45_210, None,
+     (11, 1279, 22, 698), (2_106, 2_894)),
+    ("indoor_640x480_2.08s_evt3_payload_noheader.evt3", (480, 640), 343_474, 2_078_178, None, None,
+     (218_291, 125_183)),
+    ("rotating_dot_gen3_640x480_50ms_evt2.raw", (480, 640), 539_481, 50_000, None,
+     (60, 599, 18, 475), None),
+    ("ncars_obj_004397_100ms_td.dat", (61, 54), 4_407, 100_000, None, (0, 53, 1, 60),
+     (1_671, 2_736))])
+def test_real_recordings_hold_what_their_description_says(
+        name, size, count, span, first, limits, polarity):
     path = shared(f"data/{name}")
     if path.suffix != ".dat":
         pytest.importorskip("faery")
     recording = Recording(path, *size)
     assert (recording.height, recording.width) == size
     t, x, y, p = map(np.concatenate, zip(*recording.chunks()))
-    assert len(t) == count == recording.events and recording.outside == 0 and (np.diff(t) >= 0).all()
-    assert abs(t[-1] - t[0] - span) < 1000 and first in (None, t[0])
+    assert len(t) == count == recording.events and recording.outside == recording.far == 0
+    assert (np.diff(t) >= 0).all() and abs(t[-1] - t[0] - span) < 1000 and first in (None, t[0])
     assert limits in (None, (x.min(), x.max(), y.min(), y.max()))
     assert polarity is None or sorted(np.bincount((p > 0).astype(int))) == sorted(polarity)
 
@@ -214,6 +219,41 @@ def test_chunks_raise_times_that_go_backwards_across_blocks_and_count_them(tmp_p
     np.testing.assert_array_equal(got, np.maximum.accumulate(t))
     assert recording.backwards == 5 and recording.events == 12
     assert (recording.first_us, recording.last_us) == (5, 50)
+
+
+@pytest.mark.parametrize("at, time_us", [
+    ([0], 2**60), ([0, 1], 3_000_000), ([400], 5_000_000), ([400], -2**63), ([400], 2**63 - 1),
+    ([7, 400, 401, 402, 1500], 2**41), ([1999], 2**50), ([400, 401, 1500], 0)])
+def test_chunks_drop_or_raise_a_few_times_that_are_far_off_and_count_them(at, time_us, tmp_path):
+    whole = some_events(2000, 1_900_000)[0]
+    t = whole.copy()
+    t[at] = time_us
+    recording, got = read_times(tmp_path / "a_td.h5", t)
+    if time_us == 0:  # early: RVT's rule
+        np.testing.assert_array_equal(got, np.maximum.accumulate(t))
+        assert recording.backwards == len(at) and recording.far == 0
+    else:
+        np.testing.assert_array_equal(got, np.delete(whole, at))
+        assert recording.backwards == 0 and recording.far == len(at)
+
+
+@pytest.mark.parametrize("block", [500, 1 << 19])
+def test_chunks_count_a_clock_of_32_bits_on(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    rng = np.random.default_rng(0)
+    t = np.cumsum(rng.integers(0, 10_000_000, 2000)) + 2**32 - 10**9  # wraps twice
+    late = t - rng.integers(0, 100, len(t))
+    recording, got = read_times(tmp_path / "a_td.h5", late % 2**32)
+    np.testing.assert_array_equal(got, np.maximum.accumulate(late))
+
+
+@pytest.mark.parametrize("order", [
+    lambda t: -t, lambda t: t % 64, lambda t: t % 2, lambda t: t // 50_000 * 2 + t % 2,
+    lambda t: t < 900_000])
+def test_chunks_refuse_events_that_are_out_of_order(order, tmp_path):
+    t = some_events(2000, 1_900_000)[0]
+    with pytest.raises(ValueError, match="a_td.h5: events are out of order.*sort them"):
+        read_times(tmp_path / "a_td.h5", t[np.argsort(order(t), kind="stable")])
 
 
 def test_chunks_drop_and_count_events_off_the_sensor(tmp_path):
@@ -417,6 +457,42 @@ def test_write_sequence_gives_every_window_its_histogram(downsample, tmp_path):
 GRID_US = np.arange(100_000, 1_900_000, 100_000)
 
 
+@pytest.mark.parametrize("scale, zero_us, label_scale, label_zero_us, word", [
+    (1e-6, 0, 1, 0, "events in seconds"), (1e-3, 0, 1, 0, "events in milliseconds"),
+    (1000, 0, 1, 0, "nanoseconds"), (1, 1_600_000_000_000_000, 1, 0, "another zero"),
+    (1, 5_000_000, 1, 0, "another zero"), (1, 0, 1, 1_600_000_000_000_000, "another zero"),
+    (1, 0, 1e-3, 0, "labels in milliseconds"), (1, 0, 1e-6, 0, "labels in seconds"),
+    (1, 0, 1000, 0, "labels in nanoseconds")])
+def test_check_clocks_refuses_events_and_labels_of_different_clocks(
+        scale, zero_us, label_scale, label_zero_us, word, tmp_path):
+    t, *others = some_events(20_000, 2_000_000)
+    boxes = some_labels(GRID_US * label_scale + label_zero_us)
+    raw = raw_set(tmp_path / "raw", boxes, (t * scale + zero_us, *others))
+    with pytest.raises(ValueError, match=f"a_td.h5: events from .* labels from .*{word}"):
+        prepare.prepare(raw, tmp_path / "out")
+
+
+def test_prepare_refuses_seconds_without_labels(tmp_path):
+    t, *others = some_events(20_000, 2_000_000)
+    raw = raw_set(tmp_path / "raw", events=(t / 1e6, *others))
+    with pytest.raises(ValueError, match="a_td.h5: too many events a us"):
+        prepare.prepare(raw, tmp_path / "out")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t, x, y, p: (t, x, y, p + 1), "one polarity only, p is {1, 2}"),
+    (lambda t, x, y, p: (t, x, y, p * 0), "one polarity only, p is {0}"),
+    (lambda t, x, y, p: (t, x, y, p * 2 - 1), "17 windows, 9 labelled frames, 9 boxes\n"),
+    (lambda t, x, y, p: (t * (t != t[77]) + 0, x, y, p), "1 times raised"),
+    (lambda t, x, y, p: (t + 10**7 * (t == t[77]), x, y, p), "1 events with a damaged time"),
+    (lambda t, x, y, p: (t, x + 60 * (t == t[77]), y, p), "1 events off the sensor")])
+def test_prepare_reports_what_is_odd_about_events(change, words, tmp_path, capsys):
+    events = change(*some_events(3000, 1_000_000))
+    raw_set(tmp_path / "raw", some_labels(GRID_US[:9]), events)
+    prepare.main([f"--src={tmp_path}/raw", f"--dst={tmp_path}/out"])
+    assert words in capsys.readouterr().out
+
+
 def test_prepare_keeps_small_boxes_of_own_data_and_numbers_their_classes(tmp_path):
     boxes = some_labels(np.repeat(GRID_US[:6], 2), w=3, h=2, class_id=[0, 4] * 6)
     raw_set(tmp_path / "raw", boxes, names=("b", "a"), splits=("train", "test"))
@@ -439,6 +515,20 @@ def test_name_classes_makes_numbers_names_and_refuses_ids_from_one(tmp_path):
     prepare.prepare(raw, tmp_path / "out", class_names=(10, 20, 30, 40))
     about = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert about["classes"] == ["10", "20", "30", "40"]
+
+
+def test_prepare_skips_a_sequence_without_labels_or_events_left(tmp_path, capsys):
+    raw = raw_set(tmp_path / "raw", some_labels([100_000, 200_000], class_id=9), names=("skipped",))
+    raw_set(raw, some_labels([10_000, 20_000]), names=("early",))
+    raw_set(raw, some_labels([]), names=("none",))
+    raw_set(raw, some_labels([200_000, 300_000]), np.zeros((4, 0)), names=("empty",))
+    write_h5(raw / "train" / "unlabelled and empty.h5", [], [], [], [])
+    with pytest.raises(ValueError, match="nothing was prepared"):
+        prepare.main([f"--src={raw}", f"--dst={tmp_path}/out", "--dataset=etram"])
+    said = capsys.readouterr().out
+    assert "2 boxes of unknown class" in said and "2 label times left out" in said
+    raw_set(raw, names=("unlabelled",))
+    assert prepare.prepare(raw, tmp_path / "out", "etram") == {"skipped": 5, "prepared": 1}
 
 
 def test_prepare_gives_a_recording_without_labels_windows_from_its_first_event_on(tmp_path):
@@ -473,11 +563,13 @@ def test_prepare_resumes_and_an_interrupted_run_leaves_no_half_sequence(tmp_path
 
 
 def test_prepare_names_wrong_options_and_folders(tmp_path):
+    with pytest.raises(ValueError, match="typo: no such folder"):
+        prepare.prepare(tmp_path / "typo", tmp_path / "out")
     with pytest.raises(ValueError, match="no recordings in it.*train/NAME_td.h5.*DSEC"):
-        prepare.prepare(tmp_path, tmp_path / "out", "own")
+        prepare.prepare(tmp_path, tmp_path / "out")
     raw_set(tmp_path)
     for change in (dict(dataset="dsec"), dict(box_filter="big"), dict(downsample="half")):
-        with pytest.raises(ValueError, match="dsec|big|half"):
+        with pytest.raises(ValueError, match="a dataset of.*gen4.*sides5.*nearest"):
             prepare.prepare(tmp_path, tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
 
