@@ -188,7 +188,7 @@ def read_faery(path):
     if path.suffix in (".evt2", ".evt3"):  # no header tells
         given = {"version_fallback": path.suffix[1:], "file_type": "evt"}
     stream = faery.events_stream_from_file(path, dimensions_fallback=(UNKNOWN, UNKNOWN), **given)
-    yield [side % UNKNOWN for side in reversed(stream.dimensions())]
+    yield [side % UNKNOWN for side in reversed(stream.dimensions())]  # 0 where unknown
     for events in stream:
         yield events["t"].astype(np.int64), events["x"], events["y"], events["on"]
 
@@ -237,9 +237,8 @@ class Recording:
         if self.reader is None:
             raise ValueError(f"{path}: unknown format; known are {' '.join(READERS)}")
         with reading(path):
-            self.height, self.width = next(self.reader(self.path))
-        if 0 in (self.height, self.width):
-            self.height, self.width = height, width
+            told = list(next(self.reader(self.path)))
+        self.height, self.width = told if all(told) else (height, width)
         if not 0 < self.height * self.width < MAX_PIXELS:
             raise ValueError(f"{path}: the sensor's size? Give --height and --width in pixels")
 
@@ -284,9 +283,9 @@ class Recording:
                     raise ValueError("most events lie off the sensor: --height, --width?")
                 if len(t) == 0:
                     continue
-                # Most blocks are in order as they are.
                 t = t + self.turns_us
                 jumps = np.diff(t, prepend=self.last_us if self.events else t[0])
+                # Most blocks are in order as they are.
                 if jumps.min() < 0 or jumps.max() > MAX_GAP_US:
                     t, x, y, p = self.in_order(t, x, y, p, jumps)
                 if self.events == 0:
@@ -383,28 +382,39 @@ def distance(since_us, step_us):
 def label_frames(times, grid_us):
     """Ascending label times (L,) us -> times (M,) of the labelled frames, us between window ends.
 
-    RVT's rule: the first at or after FRAME_US, then each in phase: within JITTER_US of a whole
-    number of base steps after the last. Base step: the whole number of label intervals nearest to
-    FRAME_US, or grid_us. Ours: a label that is off the grid of labels altogether, after a gap or
-    where labels are not periodic, starts a new phase, FRAME_US less half an interval after the last
-    frame at the least.
+    RVT's rule: the first at or after FRAME_US, then each that is in phase: a whole number of base
+    steps after the last one, to JITTER_US. Base step: the whole number of label intervals nearest
+    to FRAME_US, or grid_us. Ours: one out of phase is kept too and starts a new phase, if it comes
+    FRAME_US after the last one or up to half an interval earlier; but not those that RVT leaves out
+    of labels at its rates, 30 and 60 Hz: whole intervals after the last one.
     """
-    interval = np.median(np.diff(times)) if len(times) > 1 else FRAME_US
+    gaps = np.diff(times)
+    interval = np.median(gaps) if len(gaps) else FRAME_US
     base = grid_us or int(max(1, round(FRAME_US / interval)) * interval)
     spacing_us = base / 2 if grid_us else base / max(1, round(base / WINDOW_US))
+    hertz = round(1_000_000 / interval)
+    grid = interval
+    # Where many labels of 60 Hz are missing, the median is two of their intervals.
+    rest = gaps % interval
+    if hertz == 30 and np.mean((rest > JITTER_US) & (rest < interval - JITTER_US)) > 0.1:
+        grid = interval / 2
     times = times[times >= FRAME_US].tolist()
     frames = times[:1]
     for time in times[1:]:
         since = time - frames[-1]
         in_phase = since > JITTER_US and distance(since, base) <= JITTER_US
-        on_grid = interval > 4 * JITTER_US and distance(since, interval) <= JITTER_US
-        if in_phase or since > FRAME_US - min(interval, FRAME_US) / 2 and not on_grid:
+        on_grid = hertz in (30, 60) and distance(since, grid) <= JITTER_US
+        late_enough = since > FRAME_US - min(interval, FRAME_US) / 2
+        if in_phase or late_enough and not on_grid:
             frames.append(time)
     return np.array(frames, np.int64), spacing_us
 
 
 def check_clocks(recording, times):
-    """ValueError if the events read and labels at times (L,) us seem to be of different clocks."""
+    """ValueError if the events read and labels at times (L,) us seem to be of different clocks.
+
+    They are if most labels lie outside the recording, or one lasts 300 times as long as the other.
+    """
     first = recording.first_us
     last = recording.last_us
     inside = np.mean((times >= first) & (times <= last + WINDOW_US))
@@ -455,6 +465,7 @@ def write_sequence(folder, recording, ends, frames, boxes, downsample):
             data[index] = histogram(*window, H, W, downsample)
             if len(window[0]) == 0:
                 empty += 1
+            # The recording is over: no hours of empty windows for labels of another clock.
             if len(frames) and ends[index] > recording.last_us:
                 check_clocks(recording, frames)
     if len(frames):
@@ -462,8 +473,8 @@ def write_sequence(folder, recording, ends, frames, boxes, downsample):
     np.save(events / "timestamps_us.npy", ends)
     np.save(events / "objframe_idx_2_repr_idx.npy", np.searchsorted(ends, frames))
     np.save(labels / "timestamps_us.npy", frames)
-    first_box = np.searchsorted(boxes["t"], frames)
-    np.savez(labels / "labels.npz", labels=boxes, objframe_idx_2_label_idx=first_box)
+    first = np.searchsorted(boxes["t"], frames)
+    np.savez(labels / "labels.npz", labels=boxes, objframe_idx_2_label_idx=first)
     report = {
         "windows": len(ends),
         "labelled frames": len(frames),
