@@ -13,6 +13,7 @@ import json
 import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,54 +86,80 @@ DATASETS = {
         "grid_us": 0,
     },
 }
-CHOICES = {"dataset": DATASETS, "box_filter": ("none", "sides5", "prophesee"), "downsample": SCALES}
+BOX_FILTERS = ("none", "sides5", "prophesee")
 
 BLOCK = 1 << 19  # events read at a time
 UNKNOWN = 0xFFFF  # side of a sensor, where a file does not tell it
 MAX_PIXELS = 1 << 26  # of a sensor
-MAX_CLASSES = 1 << 16
+FEW = 100  # events around a damaged time that tell what it should be
+LATE_US = 10_000  # time that an event may be late by, if it is not one of few
 MAX_GAP_US = 600_000_000  # without events for longer a time is damaged: sensors are noisy
+MAX_EVENTS_PER_US = 1_000  # no sensor is faster
 MAX_LEAD_US = 10_000_000  # a clock that starts later is not filled with windows from 0 on
-MAX_LENGTH_US = 50_000_000_000  # of a recording: 14 hours
+MAX_LENGTH_US = 50_000_000_000  # 14 hours: the clocks of longer recordings are checked first
 FRAME_US = 100_000  # between labelled frames, about; the earliest labelled frame
 JITTER_US = 2_000  # how far off the grid of labels a label may be
+# What is likely where the recording lasts 10**key times as long as its labels.
+CAUSES = {
+    3: "labels in milliseconds or events in nanoseconds",
+    6: "labels in seconds",
+    -3: "events in milliseconds or labels in nanoseconds",
+    -6: "events in seconds",
+}
 
 
-# ---- recordings. A reader is a generator: first (height, width) in px, 0 where the file does not
-# tell, then blocks of events (t int64 us, x, y, p above 0: on) in the order of the file.
-# Another format takes one such function and one line in READERS.
+# ---- recordings
+#
+# A reader is a generator: first (height, width) in px, 0 where the file does not tell, then blocks
+# of events (t int64 us, x, y, p: on where above 0) in the order of the file. Another format takes
+# one such function and one line in READERS.
 
 
-def read_rows(column, start, stop):
-    """Values (n,) of an HDF5 column. ValueError where a Blosc chunk lies about its sizes."""
+def read_rows(column, start):
+    """BLOCK values of an HDF5 column. ValueError: a filter is missing, a Blosc chunk is damaged."""
+    for number in column.filter_ids:
+        if not h5py.h5z.filter_avail(number):
+            raise ValueError(
+                f"HDF5 filter {number} is missing (36559 is Prophesee's ECF): set HDF5_PLUGIN_PATH "
+                "to the folder that holds it, or convert the recording to RAW")
     if column.filter_ids[-1:] == (hdf5plugin.BLOSC_ID,):
         rows = column.chunks[0]
-        for row in range(start - start % rows, min(stop, len(column)), rows):
+        for row in range(start - start % rows, min(start + BLOCK, len(column)), rows):
             skipped, chunk = column.id.read_direct_chunk((row,))
             if not skipped:
                 check_blosc(chunk, rows * column.dtype.itemsize)
-    return column[start:stop]
+    return column[start:start + BLOCK]
 
 
 def read_h5(path):
-    """HDF5: t, x, y, p in the group `events` or `CD/events`.
+    """HDF5: columns t, x, y, p in a group `events` or `CD/events`, or a table there (Metavision).
 
     height, width and DSEC's t_offset are scalars or attributes, in the group or at the root.
     """
-    # Room for large chunks, so that each is decompressed once.
-    with h5py.File(path, "r", rdcc_nbytes=1 << 25) as file:
-        group = file["CD/events" if "CD" in file else "events"]
-        scalars = {"height": 0, "width": 0, "t_offset": 0}
-        scalars |= {**file.attrs, **file, **group.attrs, **group}
-        sides = [int(np.asarray(scalars[key]).item()) for key in ("height", "width")]
-        t_offset = int(np.asarray(scalars["t_offset"]).item())
-        yield sides
-        columns = [group[key] for key in "txyp"]
+    # No lock: network file systems have none. Large chunks fit, so that each is decompressed once.
+    with h5py.File(path, "r", locking=False, rdcc_nbytes=1 << 25) as file:
+        events = file.get("events", file.get("CD/events", file))
+        numbers = {"height": 0, "width": 0, "t_offset": 0, **file, **file.attrs, **events.attrs}
+        table = isinstance(events, h5py.Dataset)
+        if table:
+            names = events.dtype.names or ["a plain array"]
+            columns = [events]
+        else:
+            names = list(events)
+            columns = [events[key] for key in "txyp" if key in events]
+            numbers |= events
+        if not set("txyp") <= set(names):
+            raise ValueError(f"{events.name} holds {', '.join(names)}; expected t, x, y, p")
         if {column.shape for column in columns} != {(len(columns[0]),)}:
             raise ValueError("t, x, y and p are not columns of one length")
+        yield [int(np.asarray(numbers[side]).item()) for side in ("height", "width")]
+        t_offset = int(np.asarray(numbers["t_offset"]).item())
         for start in range(0, len(columns[0]), BLOCK):
-            t, x, y, p = (read_rows(column, start, start + BLOCK) for column in columns)
-            yield t.astype(np.int64) + t_offset, x.astype(np.int32), y.astype(np.int32), p > 0
+            rows = [read_rows(column, start) for column in columns]
+            if table:
+                rows = [rows[0][key] for key in "txyp"]
+            t, x, y, p = rows
+            yield t.astype(np.int64) + t_offset, x.astype(np.int32), y.astype(np.int32), p
 
 
 def read_dat(path):
@@ -143,10 +170,8 @@ def read_dat(path):
             words += file.readline(4096).lower().split()
         if not words or file.read(2)[1:] != b"\x08":
             raise ValueError("not a DAT file of 8-byte events")
-        sides = []
-        for side in (b"height", b"width"):
-            sides.append(int(words[words.index(side) + 1]) if side in words else 0)
-        yield sides
+        told = dict(zip(words, words[1:]))
+        yield int(told.get(b"height", 0)), int(told.get(b"width", 0))
         while True:
             events = np.fromfile(file, [("t", "<u4"), ("xyp", "<u4")], BLOCK)
             if events.size == 0:
@@ -163,7 +188,7 @@ def read_faery(path):
     if path.suffix in (".evt2", ".evt3"):  # no header tells
         given = {"version_fallback": path.suffix[1:], "file_type": "evt"}
     stream = faery.events_stream_from_file(path, dimensions_fallback=(UNKNOWN, UNKNOWN), **given)
-    yield [side % UNKNOWN for side in reversed(stream.dimensions())]
+    yield [side % UNKNOWN for side in reversed(stream.dimensions())]  # 0 where unknown
     for events in stream:
         yield events["t"].astype(np.int64), events["x"], events["y"], events["on"]
 
@@ -180,11 +205,29 @@ READERS = {
 }
 
 
+def far_off(t):
+    """Which of the times (n,) us are damaged, being far from those around them: bool (n,).
+
+    Where the time falls by more than LATE_US: those that are ahead of the FEW events after the fall
+    by as much, if they are fewer than half of those. And those that lie more than MAX_GAP_US before
+    the first or after the last events.
+    """
+    far = (t < np.median(t[:FEW]) - MAX_GAP_US) | (t > np.median(t[-FEW:]) + MAX_GAP_US)
+    for fall in np.flatnonzero(np.diff(t) < -LATE_US)[:1000] + 1:
+        after = t[fall:fall + FEW]
+        before = slice(max(fall - FEW, 0), fall)
+        ahead = t[before] > np.median(after) + LATE_US
+        if 2 * np.count_nonzero(ahead) < len(after):
+            far[before] |= ahead
+    return far
+
+
 class Recording:
     """A recording on disk: path, height, width in px (as given, where the file does not tell).
 
-    While chunks() is read: events, how many; outside, dropped for not being on the sensor;
-    backwards, whose time was raised to the running maximum; first_us, last_us, their times.
+    While chunks() is read: events, how many; first_us, last_us, their times; outside, dropped for
+    not being on the sensor; far, dropped for a damaged time; backwards, whose time was raised to
+    the running maximum; polarities, the extremes of p.
     ValueError in one line: unknown format, no such file, unreadable, unknown size, no package.
     """
 
@@ -194,41 +237,63 @@ class Recording:
         if self.reader is None:
             raise ValueError(f"{path}: unknown format; known are {' '.join(READERS)}")
         with reading(path):
-            self.height, self.width = next(self.reader(self.path))
-        if 0 in (self.height, self.width):
-            self.height, self.width = height, width
+            told = list(next(self.reader(self.path)))
+        self.height, self.width = told if all(told) else (height, width)
         if not 0 < self.height * self.width < MAX_PIXELS:
             raise ValueError(f"{path}: the sensor's size? Give --height and --width in pixels")
 
-    def __str__(self):
-        return f"{self.path}, after {self.events} events up to {self.last_us} us"
+    def in_order(self, t, x, y, p, jumps):
+        """The events with times that never decrease; counts those that it drops and raises.
+
+        ValueError: a long gap, or more than a few are late by more than LATE_US.
+        """
+        # A clock of 32 bits starts again at 0; late events may lie on both sides of that.
+        for turn in np.flatnonzero(np.abs(np.abs(jumps) - 2**32) < MAX_GAP_US):
+            step_us = 2**32 * np.sign(jumps[turn])
+            t[turn:] -= step_us
+            self.turns_us -= step_us
+        near = ~far_off(t)
+        t, x, y, p = t[near], x[near], y[near], p[near]
+        self.far += len(near) - len(t)
+        # RVT's rule for events that come a little late.
+        start = self.last_us if self.events else t[0]
+        raised = np.maximum(np.maximum.accumulate(t), start)
+        self.backwards += np.count_nonzero(raised > t)
+        if np.count_nonzero(raised > t + LATE_US) > FEW + len(t) // 100:
+            raise ValueError(f"events are out of order by over {LATE_US} us; sort them by time")
+        if np.diff(raised, prepend=start).max() > MAX_GAP_US:
+            raise ValueError(f"no events for over {MAX_GAP_US} us after {start}: a damaged time?")
+        return raised, x, y, p
 
     def chunks(self):
         """Yield tuples (t int64 us, never decreasing; x, y px; p, above 0: on), none empty.
 
-        ValueError names the file and how much of it could be read.
+        ValueError names the file.
         """
-        self.events = self.outside = self.backwards = self.first_us = self.last_us = 0
-        with reading(self):
+        self.events = self.outside = self.far = self.backwards = 0
+        self.first_us = self.last_us = self.turns_us = 0
+        self.polarities = set()
+        with reading(self.path):
             for t, x, y, p in itertools.islice(self.reader(self.path), 1, None):
                 inside = (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
                 if not inside.all():
                     t, x, y, p = t[inside], x[inside], y[inside], p[inside]
                 self.outside += len(inside) - len(t)
-                self.events += len(t)
-                if self.outside > 100 + self.events:
+                if self.outside > 100 + self.events + len(t):
                     raise ValueError("most events lie off the sensor: --height, --width?")
                 if len(t) == 0:
                     continue
-                if self.events == len(t):
-                    self.first_us = self.last_us = int(t[0])
-                raised = np.maximum(np.maximum.accumulate(t), self.last_us)
-                gap_us = np.diff(raised, prepend=self.last_us).view(np.uint64).max()
-                if gap_us > MAX_GAP_US:
-                    raise ValueError(f"a gap of {gap_us} us: a damaged time?")
-                self.backwards += np.count_nonzero(raised > t)
-                self.last_us = int(raised[-1])
-                yield raised, x, y, p
+                t = t + self.turns_us
+                jumps = np.diff(t, prepend=self.last_us if self.events else t[0])
+                # Most blocks are in order as they are.
+                if jumps.min() < 0 or jumps.max() > MAX_GAP_US:
+                    t, x, y, p = self.in_order(t, x, y, p, jumps)
+                if self.events == 0:
+                    self.first_us = int(t[0])
+                self.last_us = int(t[-1])
+                self.events += len(t)
+                self.polarities |= {int(p.min()), int(p.max())}
+                yield t, x, y, p
 
 
 def windows(recording, ends_us=None):
@@ -257,6 +322,8 @@ def windows(recording, ends_us=None):
         events = [column[first:] for column in events]
         last = np.searchsorted(events[0], end, side="right")
         yield [column[:last] for column in events]
+    for _ in chunks:  # so that all of it is checked and counted
+        pass
 
 
 # ---- labels
@@ -269,7 +336,8 @@ def read_labels(path):
     where absent. ValueError names the file: unreadable, other fields missing.
     """
     renamed = {"ts": "t", "confidence": "class_confidence"}
-    with reading(path), np.errstate(invalid="ignore"):
+    what = f"{path} (expected: an array with fields {' '.join(BOX_DTYPE.names)})"
+    with reading(what), np.errstate(invalid="ignore"):
         stored = np.load(path, allow_pickle=False).ravel()
         stored.dtype.names = [renamed.get(name, name) for name in stored.dtype.names]
         boxes = np.ones(len(stored), BOX_DTYPE)
@@ -314,43 +382,57 @@ def distance(since_us, step_us):
 def label_frames(times, grid_us):
     """Ascending label times (L,) us -> times (M,) of the labelled frames, us between window ends.
 
-    RVT's rule: the first at or after 100 ms, then each within JITTER_US of a whole number of base
-    steps after the last. Ours: any label rate; and where no later label is in phase any more, the
-    next one that is off the grid of labels altogether starts a new phase (labels on that grid that
-    RVT leaves out are the short tail of a recording).
+    RVT's rule: the first at or after FRAME_US, then each that is in phase: a whole number of base
+    steps after the last one, to JITTER_US. Base step: the whole number of label intervals nearest
+    to FRAME_US, or grid_us. Ours: one out of phase is kept too and starts a new phase, if it comes
+    FRAME_US after the last one or up to half an interval earlier; but not those that RVT leaves out
+    of labels at its rates, 30 and 60 Hz: whole intervals after the last one.
     """
-    interval = np.median(np.diff(times)) if len(times) > 1 else FRAME_US
+    gaps = np.diff(times)
+    interval = np.median(gaps) if len(gaps) else FRAME_US
     base = grid_us or int(max(1, round(FRAME_US / interval)) * interval)
     spacing_us = base / 2 if grid_us else base / max(1, round(base / WINDOW_US))
+    hertz = round(1_000_000 / interval)
+    grid = interval
+    # Where many labels of 60 Hz are missing, the median is two of their intervals.
+    rest = gaps % interval
+    if hertz == 30 and np.mean((rest > JITTER_US) & (rest < interval - JITTER_US)) > 0.1:
+        grid = interval / 2
     times = times[times >= FRAME_US].tolist()
     frames = times[:1]
-    new_phase = None  # index of the first label after the last frame that is off the grid
-    index = 1
-    while index < len(times):
-        since = times[index] - frames[-1]
-        if since >= base - JITTER_US:
-            if distance(since, base) <= JITTER_US:
-                frames.append(times[index])
-                new_phase = None
-            elif new_phase is None and distance(since, interval) > JITTER_US:
-                new_phase = index
-        index += 1
-        if index == len(times) and new_phase is not None:
-            index = new_phase + 1
-            frames.append(times[new_phase])
-            new_phase = None
+    for time in times[1:]:
+        since = time - frames[-1]
+        in_phase = since > JITTER_US and distance(since, base) <= JITTER_US
+        on_grid = hertz in (30, 60) and distance(since, grid) <= JITTER_US
+        late_enough = since > FRAME_US - min(interval, FRAME_US) / 2
+        if in_phase or late_enough and not on_grid:
+            frames.append(time)
     return np.array(frames, np.int64), spacing_us
+
+
+def check_clocks(recording, times):
+    """ValueError if the events read and labels at times (L,) us seem to be of different clocks.
+
+    They are if most labels lie outside the recording, or one lasts 300 times as long as the other.
+    """
+    first = recording.first_us
+    last = recording.last_us
+    inside = np.mean((times >= first) & (times <= last + WINDOW_US))
+    magnitude = np.log10(max(last, 1) / max(times[-1], 1))
+    if inside < 0.5 or abs(magnitude) > 2.5:
+        cause = CAUSES.get(3 * round(magnitude / 3), "another zero, or another unit")
+        raise ValueError(
+            f"{recording.path}: events from {first} to {last} us, labels from {times[0]} to "
+            f"{times[-1]} us: {cause}? Both need microseconds of one clock")
 
 
 def window_ends(frames, spacing_us, first_us):
     """Times (N,) us at which windows end, for labelled frames (M,); first_us: of the recording.
 
     Every 50 ms up to the first frame (the earliest left out, as RVT does), then equally spaced
-    between frames, some spacing_us apart, one at each frame. ValueError if they are too many.
+    between frames, some spacing_us apart, one at each frame.
     """
     start = first_us if first_us > MAX_LEAD_US else 0
-    if frames[-1] - start > MAX_LENGTH_US:
-        raise ValueError(f"times to {frames[-1]}: not microseconds?")
     ends = [np.arange(frames[0], start, -WINDOW_US)[:0:-1][1:]]
     for before, after in itertools.pairwise(frames):
         count = max(1, round((after - before) / spacing_us))
@@ -364,8 +446,8 @@ def window_ends(frames, spacing_us, first_us):
 def write_sequence(folder, recording, ends, frames, boxes, downsample):
     """Write a prepared sequence into a new folder; returns {what: number} about it.
 
-    ends (N,) us of windows, None: as many as the recording has; frames (M,) us of labelled frames;
-    boxes (L,).
+    ends (N,) us of windows, frames (M,) us of labelled frames, boxes (L,). ValueError: the labels
+    are of another clock.
     """
     events = folder / REPRESENTATION
     labels = folder / "labels_v2"
@@ -373,66 +455,84 @@ def write_sequence(folder, recording, ends, frames, boxes, downsample):
     labels.mkdir()
     H, W = recording.height, recording.width
     scale = SCALES[downsample]
-    shape = (CHANNELS, H // scale, W // scale)
+    shape = (len(ends), CHANNELS, H // scale, W // scale)
     blosc = hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE)
     empty = 0
     with h5py.File(events / FILES["full" if scale == 1 else "half"], "w") as file:
         data = file.create_dataset(
-            "data", (0, *shape), "u1", maxshape=(None, *shape), chunks=(1, *shape), **blosc)
-        for window in windows(recording, ends):
-            data.resize(len(data) + 1, axis=0)
-            data[-1] = histogram(*window, H, W, downsample)
-            empty += len(window[0]) == 0
-        if ends is None:
-            ends = recording.first_us + WINDOW_US * np.arange(1, len(data) + 1)
+            "data", shape, "u1", maxshape=(None, *shape[1:]), chunks=(1, *shape[1:]), **blosc)
+        for index, window in enumerate(windows(recording, ends)):
+            data[index] = histogram(*window, H, W, downsample)
+            if len(window[0]) == 0:
+                empty += 1
+            # The recording is over: no hours of empty windows for labels of another clock.
+            if len(frames) and ends[index] > recording.last_us:
+                check_clocks(recording, frames)
+    if len(frames):
+        check_clocks(recording, frames)
     np.save(events / "timestamps_us.npy", ends)
     np.save(events / "objframe_idx_2_repr_idx.npy", np.searchsorted(ends, frames))
     np.save(labels / "timestamps_us.npy", frames)
-    first_box = np.searchsorted(boxes["t"], frames)
-    np.savez(labels / "labels.npz", labels=boxes, objframe_idx_2_label_idx=first_box)
-    return {
+    first = np.searchsorted(boxes["t"], frames)
+    np.savez(labels / "labels.npz", labels=boxes, objframe_idx_2_label_idx=first)
+    report = {
         "windows": len(ends),
         "labelled frames": len(frames),
         "boxes": len(boxes),
         "windows empty": empty,
         "events off the sensor": recording.outside,
+        "events with a damaged time": recording.far,
         "times raised": recording.backwards,
     }
+    if {value > 0 for value in recording.polarities} != {False, True}:
+        report[f"events of one polarity only, p is {recording.polarities}"] = recording.events
+    return report
 
 
 def prepare_sequence(job):
     """Prepare one sequence, job = (split, name, files, options); it appears once it is complete.
 
     Returns (outcome, line of report, (height, width) or ()).
-    outcome: "prepared", "skipped" (no labels left) or "failed".
+    outcome: "prepared", "skipped" (no events, no labels left) or "failed".
     """
     split, name, files, options = job
     partial = Path(options.dst, ".partial", split, name)
     final = Path(options.dst, split, name)
     boxes = np.zeros(0, BOX_DTYPE)
-    ends = None
     try:
         recording = Recording(files["events"], options.height, options.width)
         size = recording.height, recording.width
         next(recording.chunks(), None)  # tells when it starts
+        # Labels, and which of their times are labelled frames.
         if "labels" in files:
             boxes = read_labels(files["labels"])
         boxes, report = filter_boxes(
             boxes, *size, len(options.class_names), options.box_filter, split == "train")
-        frames, spacing_us = label_frames(np.unique(boxes["t"]), options.grid_us)
+        times = np.unique(boxes["t"])
+        frames, spacing_us = label_frames(times, options.grid_us)
+        report["label times left out"] = len(times) - len(frames)
         boxes = boxes[np.isin(boxes["t"], frames)]
+        # Windows, where these need to know how long the recording is.
+        if len(frames) == 0 or frames[-1] - recording.first_us > MAX_LENGTH_US:
+            for _ in recording.chunks():
+                pass
+            if len(times):
+                check_clocks(recording, times)
         if len(frames):
-            with reading(files["labels"]):
-                ends = window_ends(frames, spacing_us, recording.first_us)
-        if len(frames) or "labels" not in files and recording.events:
+            ends = window_ends(frames, spacing_us, recording.first_us)
+        else:
+            ends = np.arange(recording.first_us, recording.last_us, WINDOW_US) + WINDOW_US
+            if recording.events > MAX_EVENTS_PER_US * (1 + recording.last_us - recording.first_us):
+                raise ValueError(f"{recording.path}: too many events a us: another unit of time?")
+        if recording.events and (len(frames) or "labels" not in files):
             report |= write_sequence(partial, recording, ends, frames, boxes, options.downsample)
             final.parent.mkdir(exist_ok=True)
             partial.rename(final)
     except ValueError as error:
         return "failed", str(error), ()
     outcome = "prepared" if final.exists() else "skipped"
-    told = [f"{number} {what}" for what, number in report.items() if number] or ["no labels"]
-    return outcome, f"{split}/{name}: {', '.join(told)}", size
+    told = ", ".join(f"{number} {what}" for what, number in report.items() if number)
+    return outcome, f"{split}/{name}: {told or 'no labels or no events'}", size
 
 
 def run_jobs(function, jobs, num_workers):
@@ -455,6 +555,8 @@ def run_jobs(function, jobs, num_workers):
 
 def find_sequences(folder):
     """[(split, name, {"events": path, "labels": path})] in a folder; ValueError if none."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
     found = {}
     for split in ("train", "val", "test"):
         for path in sorted(Path(folder, split).glob("[!.]*")):
@@ -464,17 +566,31 @@ def find_sequences(folder):
                 files = found.setdefault((split, name), {"events": f"no recording beside {path}"})
                 files[kind] = path
     if not found:
-        raise ValueError(f"{folder}: no recordings in its folders train, val and test")
+        raise ValueError(
+            f"{folder}: no recordings in it; expected train/NAME_td.h5 (or .raw, .dat, ...) with "
+            "train/NAME_bbox.npy, also in val and test. DSEC: link SEQUENCE/events/left/events.h5 "
+            "as train/SEQUENCE.h5, its tracks.npy as train/SEQUENCE_bbox.npy, and give "
+            "--height=480 --width=640")
     return [(*key, files) for key, files in found.items()]
 
 
-def number_classes(sequences):
-    """Names "0", "1", ... up to the largest class id in the labels."""
-    ids = [0]
+def name_classes(names, sequences):
+    """Names of the class ids in labels of own data; without any: "0", "1", ... up to the largest.
+
+    ValueError if ids are counted from 1, so that each would get the name of the one after it.
+    """
+    ids = set()
     for _, _, files in sequences:
-        if "labels" in files:
-            ids.extend(read_labels(files["labels"])["class_id"])
-    return [str(number) for number in range(min(max(ids), MAX_CLASSES) + 1)]
+        with suppress(ValueError, KeyError):  # no labels; those that are damaged are reported later
+            ids.update(read_labels(files["labels"])["class_id"].tolist())
+    largest = max(ids, default=0)
+    if not names:
+        return [str(class_id) for class_id in range(min(largest, 1 << 16) + 1)]
+    if 0 not in ids and largest >= len(names):
+        raise ValueError(
+            f"class ids {sorted(ids)}, but names of 0 to {len(names) - 1}: {', '.join(names)}; "
+            "count ids from 0, or name 0 too")
+    return names
 
 
 def prepare(src, dst, dataset="own", num_workers=0, **changes):
@@ -485,14 +601,17 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     prepared otherwise; or, once all others are prepared, files are damaged.
     """
     chosen = {key: value for key, value in changes.items() if value}
-    settings = DATASETS.get(dataset, DATASETS["own"]) | chosen
-    options = SimpleNamespace(dst=dst, dataset=dataset, **settings)
-    for key, choices in CHOICES.items():
-        value = getattr(options, key)
-        if value not in choices:
-            raise ValueError(f"{key}={value!r}: expected {', '.join(choices)}")
+    options = SimpleNamespace(dst=dst, **DATASETS.get(dataset, {}) | chosen)
+    if dataset not in DATASETS or options.box_filter not in BOX_FILTERS \
+            or options.downsample not in SCALES:
+        raise ValueError(
+            f"expected a dataset of {', '.join(DATASETS)}, a box_filter of "
+            f"{', '.join(BOX_FILTERS)}, a downsample of {', '.join(SCALES)}")
     sequences = find_sequences(src)
-    options.class_names = list(options.class_names or number_classes(sequences))
+    options.class_names = [str(name) for name in options.class_names]
+    if dataset == "own":
+        with reading(src):
+            options.class_names = name_classes(options.class_names, sequences)
     about = {
         "classes": options.class_names,
         "box_filter": options.box_filter,
@@ -503,27 +622,35 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
         if before | about != before:
             raise ValueError("prepared with other classes or options; take another --dst")
+    # What an interrupted run has left is made from scratch.
     partial = Path(dst, ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(path, json.dumps(before))
     jobs = [(*job, options) for job in sequences if not Path(dst, *job[:2]).exists()]
-    lines = {"there already": [""] * (len(sequences) - len(jobs))}
+    counts = Counter()
+    failed = []
     results = run_jobs(prepare_sequence, jobs, num_workers)
     for outcome, line, size in tqdm(results, "prepare", len(jobs), unit="seq"):
         tqdm.write(f"{outcome}: {line}")
-        lines.setdefault(outcome, []).append(line)
+        counts[outcome] += 1
         before |= zip(("height", "width"), size)
+        if outcome == "failed":
+            failed.append(line)
     write(path, json.dumps(before))
     shutil.rmtree(partial)
-    if "failed" in lines:
-        failed = lines["failed"]
+    if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} failed, the others are done: {failed[0]}")
-    return {outcome: len(reported) for outcome, reported in lines.items() if reported}
+    if len(jobs) < len(sequences):
+        counts["there already"] = len(sequences) - len(jobs)
+    return dict(counts)
 
 
 def main(argv):
-    print(prepare(**configure(defaults, argv)))
+    counts = prepare(**configure(defaults, argv))
+    print(counts)
+    if set(counts) == {"skipped"}:
+        raise ValueError("nothing was prepared: no labels or no events were left")
 
 
 if __name__ == "__main__":
