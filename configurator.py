@@ -1,8 +1,8 @@
 """Python-file configs and --key=value over a script's defaults, nanoGPT style, but typed and loud.
 
-In: a dict of defaults (one default in one place) and the command line. Out: a dict with the same keys.
-A config file is Python and is executed, so run only your own. Every name that it sets must be a known
-key, unless it starts with an underscore.
+In: a dict of defaults (one default in one place) and the command line. Out: a dict with the same
+keys. A config file is Python and is executed, so run only your own. Every name that it sets must be
+a known key, unless it starts with an underscore.
 
     python train.py configs/toy.py --max_steps=100 --fpn_stages 1,2,3,4
 """
@@ -61,7 +61,7 @@ def value_of(key, value, defaults, where):
 
 
 def read_file(path, config):
-    """{name: value} that the config file at `path` sets; it may compute with what `config` holds."""
+    """{name: value} that a config file sets; it may compute with what `config` holds."""
     with reading(f"{path}: this config fails (options are --KEY=VALUE)"):
         names = runpy.run_path(path, config)
     found = {}
@@ -107,7 +107,7 @@ def dump(config):
 
 
 def command_line(main):
-    """Run main(argv); a user's mistake (ValueError, OSError, full memory) ends in one line, Ctrl-C in 130.
+    """Run main(argv); a mistake (ValueError, OSError, full memory) ends in one line, Ctrl-C in 130.
 
     NANORVT_TRACEBACK=1 shows where the mistake was found.
     """

@@ -33,12 +33,6 @@ REPRESENTATION = "event_representations_v2/stacked_histogram_dt=50_nbins=10"
 FILES = {"half": "event_representations_ds2_nearest.h5", "full": "event_representations.h5"}
 
 
-def require(fine, what):
-    """ValueError(what) unless `fine`."""
-    if not fine:
-        raise ValueError(what)
-
-
 @contextmanager
 def reading(what):
     """Whatever is raised inside, by libraries for damaged files say, becomes a ValueError.
@@ -49,17 +43,6 @@ def reading(what):
         yield
     except Exception as error:  # numpy, zipfile, zlib, json and h5py raise a dozen kinds
         raise ValueError(f"{what}: {' '.join(str(error).split()) or repr(error)}") from error
-
-
-def check_blosc(chunk, nbytes):
-    """ValueError unless the header of a Blosc 1 chunk (bytes) tells its sizes as they are.
-
-    nbytes: bytes once decoded. Decoders trust the header, and crash where it lies.
-    Source: README_CHUNK_FORMAT.rst of c-blosc 1.
-    """
-    header = np.frombuffer(chunk, "<u4", 4)  # flags, bytes decoded, block size, bytes of the chunk
-    if header[1] != nbytes or header[3] != len(chunk):
-        raise ValueError("sizes in a Blosc chunk's header are damaged")
 
 
 def write(path, contents):

@@ -12,6 +12,7 @@ import itertools
 import json
 import shutil
 import signal
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
