@@ -73,7 +73,7 @@ def read_file(path, config):
 
 
 def configure(defaults, argv):
-    """Overridden copy of `defaults`: files and --key=value / --key value apply in the order of argv.
+    """Overridden copy of `defaults`: files, --key=value and --key value apply in order of argv.
 
     ValueError: a file that is missing or fails, an unknown key, a wrong type, a missing value.
     """

@@ -35,25 +35,50 @@ def shared(name):
 
 def tiny_detector(**changes):
     torch.manual_seed(0)
-    keys = dict(input_hw=(48, 64), num_classes=3, embed_dim=16, dim_head=8, fpn_depth=0.33) | changes
+    keys = (
+        dict(input_hw=(48, 64), num_classes=3, embed_dim=16, dim_head=8, fpn_depth=0.33) | changes
+    )
     detector = Detector(ModelConfig(**keys))
-    for name, p in detector.named_parameters():  # scales of 1e-5 would hide mistakes in the attention
+    for (
+        name,
+        p,
+    ) in detector.named_parameters():  # scales of 1e-5 would hide mistakes in the attention
         if "scale" in name:
             torch.nn.init.uniform_(p, 0.5, 1.5)
     return detector.eval()
 
 
 def random_events(*shape, seed=0):
-    return torch.poisson(torch.full(shape, 0.2), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    return torch.poisson(torch.full(shape, 0.2), generator=torch.Generator().manual_seed(seed)).to(
+        torch.uint8
+    )
 
 
 @pytest.fixture(scope="session")
 def traffic(tmp_path_factory):
     """A tiny simulated data set that took the path of real recordings: 48x64, eight classes."""
     folder = tmp_path_factory.mktemp("traffic")
-    simulate.main([f"--dst={folder}/raw", "--train=3", "--val=2", "--test=1", "--seconds=1.6", "--height=96",
-                   "--width=128", "--num_workers=0"])
-    prepare.main([f"--src={folder}/raw", f"--dst={folder}/set", "--dataset=etram", "--box_filter=none", "--num_workers=0"])
+    simulate.main(
+        [
+            f"--dst={folder}/raw",
+            "--train=3",
+            "--val=2",
+            "--test=1",
+            "--seconds=1.6",
+            "--height=96",
+            "--width=128",
+            "--num_workers=0",
+        ]
+    )
+    prepare.main(
+        [
+            f"--src={folder}/raw",
+            f"--dst={folder}/set",
+            "--dataset=etram",
+            "--box_filter=none",
+            "--num_workers=0",
+        ]
+    )
     return str(folder / "set")
 
 
@@ -70,8 +95,16 @@ def run_train(*argv):
     return status.value.code
 
 
-TINY = ("--embed_dim=16", "--dim_head=8", "--fpn_depth=0.33", "--batch_size=2", "--sequence_length=3", "--num_workers=0",
-        "--device=cpu", "--eval_batch_size=2")
+TINY = (
+    "--embed_dim=16",
+    "--dim_head=8",
+    "--fpn_depth=0.33",
+    "--batch_size=2",
+    "--sequence_length=3",
+    "--num_workers=0",
+    "--device=cpu",
+    "--eval_batch_size=2",
+)
 
 
 BLOSC = hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE)
@@ -86,26 +119,41 @@ def make_boxes(rows):
     return boxes
 
 
-def write_sequence(path, labels, length, hw=(24, 32), half=True, seed=0, fill=None, times=None, **blosc):
-    """A prepared sequence; labels: {frame: [(x, y, w, h, class_id), ...]} in sensor pixels. Pixel (0, 0) of channel 0
-    is the frame's number + 1, of channel 1 the seed: so a batch tells what it shows."""
+def write_sequence(
+    path, labels, length, hw=(24, 32), half=True, seed=0, fill=None, times=None, **blosc
+):
+    """A prepared sequence; labels: {frame: [(x, y, w, h, class_id), ...]} in sensor pixels.
+
+    Pixel (0, 0) of channel 0 is the frame's number + 1, of channel 1 the seed: so a batch tells
+    what it shows.
+    """
     events, where = path / data.REPRESENTATION, path / "labels_v2"
     events.mkdir(parents=True)
     where.mkdir()
     rng = np.random.default_rng(seed)
     shape = (length, data.CHANNELS, *hw)
-    frames = rng.poisson(0.1, shape).astype(np.uint8) if fill is None else np.full(shape, fill, np.uint8)
+    frames = (
+        rng.poisson(0.1, shape).astype(np.uint8) if fill is None else np.full(shape, fill, np.uint8)
+    )
     frames[:, 0, 0, 0], frames[:, 1, 0, 0] = np.arange(length) + 1, seed
     with h5py.File(events / data.FILES["half" if half else "full"], "w") as file:
-        file.create_dataset("data", data=frames, chunks=(1, *shape[1:]), maxshape=(None, *shape[1:]),
-                            **(blosc or BLOSC))
+        file.create_dataset(
+            "data",
+            data=frames,
+            chunks=(1, *shape[1:]),
+            maxshape=(None, *shape[1:]),
+            **(blosc or BLOSC),
+        )
     times = np.arange(1, length + 1) * 50_000 if times is None else times
     rows = [(times[frame], *box) for frame in sorted(labels) for box in labels[frame]]
     first = np.cumsum([0, *(len(labels[frame]) for frame in sorted(labels))], dtype=np.int64)[:-1]
     np.save(events / "timestamps_us.npy", times)
     np.save(events / "objframe_idx_2_repr_idx.npy", np.array(sorted(labels), np.int64))
-    np.savez(where / "labels.npz", labels=make_boxes(rows) if rows else np.zeros(0, BOX_DTYPE),
-             objframe_idx_2_label_idx=first)
+    np.savez(
+        where / "labels.npz",
+        labels=make_boxes(rows) if rows else np.zeros(0, BOX_DTYPE),
+        objframe_idx_2_label_idx=first,
+    )
     np.save(where / "timestamps_us.npy", times[sorted(labels)] if labels else np.zeros(0, np.int64))
     return frames
 
@@ -114,9 +162,11 @@ BOX = (10.0, 8.0, 20.0, 16.0, 1)
 
 
 def make_set(root, labelled, split="train", length=30, **options):
-    """DATA/split with one sequence for each list of labelled frames, seeds 1, 2, ...; returns DATA."""
+    """DATA/split with a sequence for each list of labelled frames; returns DATA."""
     for i, frames in enumerate(labelled):
-        write_sequence(root / split / f"s{i}", {f: [BOX] for f in frames}, length, seed=i + 1, **options)
+        write_sequence(
+            root / split / f"s{i}", {f: [BOX] for f in frames}, length, seed=i + 1, **options
+        )
     return root
 
 
@@ -137,8 +187,11 @@ def same_batch(a, b):
 
 @pytest.fixture(scope="module")
 def toy_set(tmp_path_factory):
-    """Three sequences with label gaps; T = 4 makes runs of several chunks, one that starts at frame 0."""
-    root = make_set(tmp_path_factory.mktemp("toy_set"), [[1, 3, 5, 6, 20, 22, 29], [9, 10, 11, 12, 13, 26], [15]])
+    """Three sequences with label gaps; T = 4 makes runs of several chunks, one from frame 0 on."""
+    root = make_set(
+        tmp_path_factory.mktemp("toy_set"),
+        [[1, 3, 5, 6, 20, 22, 29], [9, 10, 11, 12, 13, 26], [15]],
+    )
     return open_split(root, "train")
 
 
@@ -158,12 +211,16 @@ def write_h5(path, t, x, y, p, size=(48, 64), group="events"):
 
 def some_events(count, end_us, size=(48, 64), seed=0):
     rng = np.random.default_rng(seed)
-    return np.sort(rng.integers(0, end_us, count)), *(rng.integers(0, side, count) for side in (size[1], size[0], 2))
+    return np.sort(rng.integers(0, end_us, count)), *(
+        rng.integers(0, side, count) for side in (size[1], size[0], 2)
+    )
 
 
 def some_labels(times, w=20, h=12, class_id=0, x=5, y=6):
     boxes = np.zeros(len(times), BOX_DTYPE)
-    for key, value in dict(t=times, x=x, y=y, w=w, h=h, class_id=class_id, class_confidence=1).items():
+    for key, value in dict(
+        t=times, x=x, y=y, w=w, h=h, class_id=class_id, class_confidence=1
+    ).items():
         boxes[key] = value
     return boxes
 
@@ -195,7 +252,8 @@ def load(sequence):
 
 def same_tree(one, other):
     return one.keys() == other.keys() and all(
-        one[key].dtype == other[key].dtype and np.array_equal(one[key], other[key]) for key in one)
+        one[key].dtype == other[key].dtype and np.array_equal(one[key], other[key]) for key in one
+    )
 
 
 NAMES = ("pedestrian", "car", "bicycle", "bus")
@@ -210,6 +268,7 @@ def one_thread():
 
 
 # ---- helpers
+
 
 def some_boxes(t_us, xywh, class_id=0, score=1.0):
     """Structured boxes at t_us from rows (x, y, w, h)."""
@@ -227,9 +286,16 @@ class MemorySequence:
         rng = np.random.default_rng(sum(name.encode()))
         self.name, self.hw, self.length = name, hw, length
         self.timestamps_us = 50_000 * np.arange(1, length + 1)
-        self.data = (rng.random((length, 20, *hw)) < 0.1).astype(np.uint8) * rng.integers(1, 9, (length, 1, 1, 1), np.uint8)
+        self.data = (rng.random((length, 20, *hw)) < 0.1).astype(np.uint8) * rng.integers(
+            1, 9, (length, 1, 1, 1), np.uint8
+        )
         self.label_frames = np.array(labelled)
-        self.boxes = [some_boxes(self.timestamps_us[t], rng.uniform(5, 25, (2, 4)), rng.integers(0, classes, 2)) for t in labelled]
+        self.boxes = [
+            some_boxes(
+                self.timestamps_us[t], rng.uniform(5, 25, (2, 4)), rng.integers(0, classes, 2)
+            )
+            for t in labelled
+        ]
 
     def read(self, start, stop, out=None):
         if out is None:
@@ -241,7 +307,11 @@ class MemorySequence:
 def small_detector(classes=4, hw=(64, 64), **changes):
     """A detector that finds boxes everywhere and whose predictions depend on its state."""
     torch.manual_seed(0)
-    model = Detector(ModelConfig(input_hw=hw, num_classes=classes, embed_dim=16, dim_head=8, fpn_depth=0.33, **changes))
+    model = Detector(
+        ModelConfig(
+            input_hw=hw, num_classes=classes, embed_dim=16, dim_head=8, fpn_depth=0.33, **changes
+        )
+    )
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)
     for name, buffer in model.named_buffers():
@@ -255,17 +325,23 @@ def small_detector(classes=4, hw=(64, 64), **changes):
 def same_boxes(got, want, tolerance=1e-3):
     assert len(got) == len(want)
     for a, b in zip(got, want):
-        assert len(a) == len(b) and (a["t"] == b["t"]).all() and (a["class_id"] == b["class_id"]).all()
+        assert (
+            len(a) == len(b) and (a["t"] == b["t"]).all() and (a["class_id"] == b["class_id"]).all()
+        )
         for name in ("x", "y", "w", "h", "class_confidence"):
             np.testing.assert_allclose(a[name], b[name], atol=tolerance, rtol=tolerance)
 
 
-def write_prepared(folder, names=("a", "b"), split="test", hw=(64, 64), length=8, labelled=(2, 5, 7), classes=NAMES):
+def write_prepared(
+    folder, names=("a", "b"), split="test", hw=(64, 64), length=8, labelled=(2, 5, 7), classes=NAMES
+):
     """A prepared data set on disk, full resolution, with a dataset.json."""
     for name in names:
         sequence = MemorySequence(name, length, labelled, hw, len(classes))
-        events, labels = (folder / split / name / part for part in (
-            "event_representations_v2/stacked_histogram_dt=50_nbins=10", "labels_v2"))
+        events, labels = (
+            folder / split / name / part
+            for part in ("event_representations_v2/stacked_histogram_dt=50_nbins=10", "labels_v2")
+        )
         events.mkdir(parents=True)
         labels.mkdir()
         with h5py.File(events / "event_representations.h5", "w") as file:
@@ -273,14 +349,27 @@ def write_prepared(folder, names=("a", "b"), split="test", hw=(64, 64), length=8
         np.save(events / "timestamps_us.npy", sequence.timestamps_us)
         np.save(events / "objframe_idx_2_repr_idx.npy", sequence.label_frames)
         np.save(labels / "timestamps_us.npy", sequence.timestamps_us[sequence.label_frames])
-        np.savez(labels / "labels.npz", labels=np.concatenate(sequence.boxes),
-                 objframe_idx_2_label_idx=2 * np.arange(len(labelled)))
-    (folder / "dataset.json").write_text(json.dumps({"classes": list(classes), "height": hw[0], "width": hw[1]}))
+        np.savez(
+            labels / "labels.npz",
+            labels=np.concatenate(sequence.boxes),
+            objframe_idx_2_label_idx=2 * np.arange(len(labelled)),
+        )
+    (folder / "dataset.json").write_text(
+        json.dumps({"classes": list(classes), "height": hw[0], "width": hw[1]})
+    )
     return folder
 
 
 def write_checkpoint(path, model, **config):
-    torch.save({"model": model.state_dict(), "model_config": dataclasses.asdict(model.config), "config": config, "step": 1}, path)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "model_config": dataclasses.asdict(model.config),
+            "config": config,
+            "step": 1,
+        },
+        path,
+    )
     return path
 
 
@@ -290,7 +379,11 @@ def write_recording(path, hw=(64, 64), seconds=0.5, events=20_000):
     with h5py.File(path, "w") as file:
         group = file.create_group("events")
         group["t"] = np.sort(rng.integers(0, int(1e6 * seconds), events))
-        group["x"], group["y"], group["p"] = rng.integers(0, hw[1], events), rng.integers(0, hw[0], events), rng.integers(0, 2, events)
+        group["x"], group["y"], group["p"] = (
+            rng.integers(0, hw[1], events),
+            rng.integers(0, hw[0], events),
+            rng.integers(0, 2, events),
+        )
         group["height"], group["width"] = hw
     return path
 

@@ -41,10 +41,10 @@ from formats import (
 defaults = {
     "src": "datasets/raw",  # raw recordings in folders train, val and test
     "dst": "datasets/prepared",  # what they are made into
-    "dataset": "own",  # etram | gen4 | gen1 | own; what is left empty or 0 below comes from its settings
-    "class_names": (),  # of class ids 0, 1, ...; own data: "0", "1", ... up to the largest id in labels
+    "dataset": "own",  # etram | gen4 | gen1 | own; it decides what is empty or 0 below
+    "class_names": (),  # by class id; own data: "0", "1", ... up to the largest in labels
     "box_filter": "",  # none | sides5 | prophesee, which drops small objects: see filter_boxes
-    "downsample": "",  # none | nearest (odd rows and columns, RVT's half resolution) | sum (2x2 pixels)
+    "downsample": "",  # none | nearest (RVT's: odd rows and columns) | sum (2x2 pixels)
     "height": 0,  # px, of recordings that do not tell
     "width": 0,
     "num_workers": 0,  # processes; 0: all in this one

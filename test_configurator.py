@@ -6,9 +6,8 @@ import configurator
 
 # ==== configurator.py
 
-KEYS = dict(
-    out_dir="out", learning_rate=1e-4, batch_size=6, fpn_stages=(2, 3, 4), compile=True, names=("a",)
-)
+KEYS = dict(out_dir="out", learning_rate=1e-4, batch_size=6, fpn_stages=(2, 3, 4), compile=True,
+            names=("a",))
 
 
 @pytest.mark.parametrize("argv, key, want", [

@@ -1,6 +1,13 @@
-"""Tests, to be merged."""
+"""What the tests of damaged files share."""
 
-from conftest import *  # noqa: F403
+import contextlib
+import multiprocessing
+import os
+import signal
+import struct
+import traceback
+
+import torch
 
 # ==== damaged files: each ends in success or in one line that names it
 
@@ -9,8 +16,9 @@ EXTREMES = 0, 1, -1, 255, 2**31 - 1, 2**63 - 1, -2**63
 
 
 def damaged(rng, content, others):
-    """`content` with bits flipped, cut, with two stretches swapped, 8 bytes of extremes, emptied, or one of `others`."""
-    damage, kind = bytearray(content), rng.integers(6)
+    """`content` with bits flipped, cut, parts swapped, extremes, emptied, or one of `others`."""
+    damage = bytearray(content)
+    kind = rng.integers(6)
     if kind == 0:
         for at in rng.integers(0, len(damage), rng.integers(1, 20)):
             damage[at] ^= 1 << rng.integers(8)
@@ -29,7 +37,7 @@ def damaged(rng, content, others):
 
 
 def attempt(name, files, action):
-    """Write the files, run action() -> "fine", "refused" (ValueError or OSError, one line with `name`) or what is wrong."""
+    """Write the files, run action() -> "fine", "refused" (a line with `name`) or what is wrong."""
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -38,17 +46,18 @@ def attempt(name, files, action):
     try:
         action()
     except Exception as error:
-        named = isinstance(error, (ValueError, OSError)) and str(name) in str(error) and "\n" not in str(error)
-        said = "refused" if named else traceback.format_exc()
+        mistake = isinstance(error, (ValueError, OSError))
+        named = str(name) in str(error) and "\n" not in str(error)
+        said = "refused" if mistake and named else traceback.format_exc()
     signal.alarm(0)
     changed = [str(path) for path, content in files.items() if path.read_bytes() != content]
     return f"changed: {changed}" if changed else said
 
 
 def survive(cases, least=10):
-    """Every case, (what, name, files, action) for `attempt`, is fine or refused, and `least` of the cases are of either.
+    """Every case, (what, name, files, action) for `attempt`, is fine or refused, `least` of each.
 
-    One child process runs them all, so that a crash of the interpreter shows as the case that it happened in.
+    One child process runs them all, so that a crash of the interpreter shows the case it was in.
     """
     ours, theirs = multiprocessing.Pipe(duplex=False)
 
@@ -61,7 +70,8 @@ def survive(cases, least=10):
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     theirs.close()
-    found, what = {"fine": 0, "refused": 0}, ""
+    found = {"fine": 0, "refused": 0}
+    what = ""
     with contextlib.suppress(EOFError):
         while True:
             what = ours.recv()
