@@ -34,16 +34,14 @@ def greedy(box, score, label, iou):
     return kept
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_nms_is_the_greedy_definition(seed):
-    rng = np.random.default_rng(seed)
-    n = (0, 1, 8, 60, 150, 250)[seed]
-    corner = rng.uniform(0, 60, (n, 2)).astype("f4")
-    size = rng.uniform(0, 30, (n, 2)).astype("f4")
-    score = rng.random(n).astype("f4")
-    if seed % 2:  # whole numbers: equal boxes and scores, overlaps of exactly the threshold
-        corner, size = corner.round(), size.round()
-        score = score.round(1)
+@pytest.mark.parametrize("n", [0, 1, 8, 60, 150, 250])
+@pytest.mark.parametrize("decimals", [0, 6])
+def test_nms_is_the_greedy_definition(n, decimals):
+    rng = np.random.default_rng(n)
+    # Whole numbers: equal boxes and scores, overlaps of exactly the threshold.
+    corner = rng.uniform(0, 60, (n, 2)).round(decimals).astype("f4")
+    size = rng.uniform(0, 30, (n, 2)).round(decimals).astype("f4")
+    score = rng.random(n).round(decimals + 1)
     box = np.concatenate((corner, corner + size), axis=1)
     label = rng.integers(0, 3, n)
     tensors = [torch.from_numpy(x) for x in (box, score, label)]
@@ -79,7 +77,6 @@ def test_detections_by_hand():
     # Anchor 2 (0.72, class 0) drops anchor 0 (0.45, class 0); anchor 1 is of class 1 (0.54).
     assert len(second) == 0
     assert first["class_id"].tolist() == [0, 1]
-    assert first["stride"].tolist() == [16, 8]
     np.testing.assert_allclose(first["class_confidence"], [0.8, 0.6], rtol=1e-5)  # p_cls ranks
     np.testing.assert_allclose(first["confidence"], [0.72, 0.54], rtol=1e-5)
     assert [first[0][name] for name in ("t", "x", "y", "w", "h")] == [7, 16, 20, 10, 20]
@@ -87,21 +84,16 @@ def test_detections_by_hand():
 
 def test_detections_ranked_by_the_product():
     found = detections(four_anchors(), [7, 8], score="obj*cls", confidence=0.6)[0]
-    assert found["class_confidence"].tolist() == found["confidence"].tolist()
-    assert len(found) == 1
-    with pytest.raises(ValueError, match="expected cls or obj"):
-        detections(four_anchors(), [7, 8], score="obj")
+    np.testing.assert_allclose(found["class_confidence"], [0.72], rtol=1e-5)
 
 
 # ---- run
 
 
-STREAMS = [("c", 12, (1, 4, 9)), ("a", 20, (0, 3, 8, 19)), ("b", 7, (1, 6)), ("d", 9, (0,))]
-STREAMS += [("e", 5, ())]  # name, length, labelled frames
-
-
 def some_sequences(count=5):
-    return [MemorySequence(*stream) for stream in STREAMS[:count]]
+    streams = [("c", 12, (1, 4, 9)), ("a", 20, (0, 3, 8, 19)), ("b", 7, (1, 6)), ("d", 9, (0,))]
+    streams.append(("e", 5, ()))  # name, length, labelled frames
+    return [MemorySequence(*stream) for stream in streams[:count]]
 
 
 @pytest.mark.parametrize("attention", (False, True))
@@ -118,22 +110,11 @@ def test_run_does_not_depend_on_batches_chunks_order_or_workers(attention):
         again, got = run(model, sequences[::-1], batch, T, num_workers=workers)
         same_boxes(got, want)
         assert all((a == b).all() for a, b in zip(again, labels))
+    for none in ([], sequences[-1:]):  # without labels
+        assert run(model, none, 2, 5) == ([], [])
 
 
-def test_run_without_labels_finds_nothing():
-    for sequences in ([], some_sequences()[-1:]):
-        assert run(small_detector(), sequences, 2, 5) == ([], [])
-
-
-def test_run_starts_each_sequence_from_nothing():
-    model = small_detector()
-    sequence = MemorySequence("a", 20, (3, 19))
-    before = MemorySequence("b", 30, (2, 29))  # longer, so that it plays first
-    both = run(model, [sequence, before], 1, 4)[1]
-    same_boxes(both[:2], run(model, [sequence], 1, 4)[1])
-
-
-def test_run_carries_the_state_as_a_forward_pass_over_the_whole_sequence_does():
+def test_run_carries_the_state_through_a_sequence_and_no_further():
     model = small_detector()
     sequence = MemorySequence("a", 20, (3, 19))
     labelled = torch.zeros(20, 1, dtype=torch.bool)
@@ -141,7 +122,8 @@ def test_run_carries_the_state_as_a_forward_pass_over_the_whole_sequence_does():
     with torch.inference_mode():
         prediction, _ = model(torch.from_numpy(sequence.data[:, None]), None, labelled)
     want = detections(prediction, sequence.timestamps_us[[3, 19]])
-    same_boxes(run(model, [sequence], 1, 4)[1], want)
+    before = MemorySequence("b", 30, (2, 29))  # longer, so that it plays first
+    same_boxes(run(model, [sequence, before], 1, 4)[1][:2], want)
 
 
 def test_run_starts_T_minus_1_frames_before_the_first_label():
@@ -194,19 +176,9 @@ def test_stream_detector_equals_the_chunked_forward_pass(attention):
         same_boxes(got, want)
         assert got[0].dtype == BOX_DTYPE
         detector.reset()
-    assert detector.speed()["ms_median"] > 0
+    assert min(detector.ms) > 0
+    assert detector(torch.from_numpy(sequence.data[0]))["t"][0] == 50_000
     assert not isinstance(model.heads[0].stem.bn, torch.nn.Identity)  # it folded a copy
-
-
-def test_stream_detector_counts_50_ms_a_frame():
-    frames = MemorySequence("a", 2, (1,)).data
-    detector = StreamDetector(small_detector())
-    assert detector(frames[0])["t"][0] == 50_000
-    assert detector(torch.from_numpy(frames[1]))["t"][0] == 100_000
-    for wrong in (frames[0, :, :32], frames[0].reshape(20, 32, 128)):
-        with pytest.raises(ValueError, match=r"a frame of \(20, 32, .*, expected \(20, 64, 64\)"):
-            detector(wrong)
-    assert detector(frames[1])["t"][0] == 150_000  # the clock did not move meanwhile
 
 
 def test_stream_detector_in_bfloat16_finds_about_the_same():
@@ -215,9 +187,9 @@ def test_stream_detector_in_bfloat16_finds_about_the_same():
     exact = StreamDetector(model, torch.float32)(frame)
     coarse = StreamDetector(model, torch.bfloat16)(frame)
     assert abs(len(exact) - len(coarse)) <= 0.1 * len(exact)
-    right, coarse_right = (exact["x"] > 250).sum(), (coarse["x"] > 250).sum()
+    right = (exact["x"] > 250).sum()
     assert right  # cells beyond 256 keep their place
-    assert abs(int(right) - int(coarse_right)) <= 0.2 * right
+    assert abs((coarse["x"] > 250).sum() - float(right)) <= 0.2 * right
 
 
 # ---- scores
@@ -307,16 +279,11 @@ def test_score_boxes_equals_pycocotools(seed):
         for agnostic in (False, True):
             got = score_boxes(labels, dets, 360, 640, NAMES, "none", agnostic, ids)
             same_scores(got, pycocotools_scores(labels, dets, ids, agnostic))
-
-
-def test_score_boxes_has_the_row_of_each_class():
-    labels, dets = random_frames(0)
     rows = score_boxes(labels, dets, 360, 640, NAMES)["classes"]
-    kept = [boxes for boxes in labels if len(boxes)]
     for i, name in enumerate(NAMES):
         same_scores(rows[name], pycocotools_scores(labels, dets, [i], False))
-        assert rows[name]["boxes"] == sum((boxes["class_id"] == i).sum() for boxes in kept)
-        assert rows[name]["frames"] == len(kept)
+        assert rows[name]["boxes"] == sum((boxes["class_id"] == i).sum() for boxes in labels)
+        assert rows[name]["frames"] == sum(len(boxes) > 0 for boxes in labels)
 
 
 def test_score_boxes_equals_rvt_and_its_fork_on_the_reference():
@@ -373,13 +340,3 @@ def test_score_boxes_keeps_frames_that_hold_only_other_classes():
     both = score_boxes([car, bus], found, 360, 640, NAMES, class_agnostic=True)
     assert both["boxes"] == 2
     assert both["AP"] > 0.999999
-
-
-def test_score_boxes_rejects_an_unknown_filter():
-    with pytest.raises(ValueError, match="box_filter='psee': expected none or prophesee"):
-        score_boxes([], [], 64, 64, NAMES, "psee")
-
-
-def test_score_boxes_prints_nothing(capfd):
-    score_boxes(*random_frames(0), 360, 640, NAMES)
-    assert capfd.readouterr() == ("", "")
