@@ -106,13 +106,23 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
 # ---- streams
 
 
-def chunks_of(sequence, T):
-    """(sequence, first frame) of the chunks of T frames that play it, up to its last label."""
-    frames = sequence.label_frames
-    if len(frames) == 0:
-        return []
-    first = max(frames[0] - T + 1, 0)  # RVT starts T - 1 frames before the first label
-    return [(sequence, start) for start in range(first, frames[-1] + 1, T)]
+def batches(sequences, T, batch_size):
+    """Batches of chunks of T frames that play all sequences up to their last labels.
+
+    Groups of about one length play side by side, where the shorter ones end before. Yields the
+    number of the batch in its group and its chunks: [(sequence, first frame), ...].
+    """
+    plays = []
+    for sequence in sequences:
+        frames = sequence.label_frames
+        if len(frames):
+            first = max(frames[0] - T + 1, 0)  # RVT, too, starts T - 1 frames before the first
+            plays.append([(sequence, start) for start in range(first, frames[-1] + 1, T)])
+    plays.sort(key=len, reverse=True)
+    for first in range(0, len(plays), batch_size):
+        group = plays[first : first + batch_size]
+        for k in range(len(group[0])):
+            yield k, [play[k] for play in group if k < len(play)]
 
 
 @torch.inference_mode()
@@ -143,15 +153,7 @@ def run(
         for frame, boxes in zip(sequence.label_frames, sequence.boxes):
             labels[sequence.name, frame] = boxes
 
-    # Sequences of about one length play side by side; the shorter ones of a group end before.
-    plays = [chunks_of(sequence, T) for sequence in sequences]
-    plays.sort(key=len, reverse=True)
-    plays = plays[rank::world]
-    steps = []  # (number in its group, chunks that are one batch)
-    for first in range(0, len(plays), batch_size):
-        group = plays[first : first + batch_size]
-        for k in range(len(group[0])):
-            steps.append((k, [play[k] for play in group if k < len(play)]))
+    steps = list(batches(sequences[rank::world], T, batch_size))
 
     def read(index):
         """Events (T, B, 20, H, W) uint8 of a step, zeros behind the end of a sequence."""
@@ -167,8 +169,8 @@ def run(
     model.eval()
     loader = make_loader(read, 0, num_workers)
     found = {}
-    for k, chunks in tqdm(steps, "evaluating", unit=" chunks", leave=False, disable=rank > 0):
-        # A group starts from nothing; what has ended leaves its state.
+    for k, chunks in tqdm(steps, "evaluating", leave=False, disable=rank > 0):
+        # A group starts from nothing; the sequences that have ended were its last.
         if k == 0:
             state = model.initial_state(len(chunks))
         state = [s[: len(chunks)] for s in state]
@@ -299,9 +301,9 @@ def score_row(truth, found, ids):
     """
     frames = np.unique(truth[:, 0])
     truth = truth[np.isin(truth[:, 6], ids)]
-    found = found[np.isin(found[:, 6], ids) & np.isin(found[:, 0], frames)]
+    found = found[np.isin(found[:, 6], ids)]
     images = [{"id": k} for k in frames]
-    kinds = [{"id": 1, "name": "object"}]  # load_res fills in a 1, too
+    kinds = [{"id": 1}]  # the class that load_res fills in, too
     labels = COCO.from_arrays(images, kinds, truth[:, 0], np.ones(len(truth)), truth[:, 1:5])
     coco = COCOeval(labels, labels.load_res(found[:, :6]), "bbox")
     coco.params.area_rng = [(0, 1e10), *SIZES.values()]

@@ -56,7 +56,7 @@ def test_compare_refuses_other_protocols_and_what_is_no_report(tmp_path):
         other.write_text(text)
         with pytest.raises(ValueError, match="other.json"):
             compare([base, other])
-    for paths in ([base, tmp_path / "nowhere.json"], [__file__], []):
+    for paths in ([base, tmp_path / "nowhere.json"], [__file__]):
         with pytest.raises(ValueError):
             compare(paths)
 
