@@ -301,9 +301,10 @@ def score_row(truth, found, ids):
     """
     frames = np.unique(truth[:, 0])
     truth = truth[np.isin(truth[:, 6], ids)]
-    found = found[np.isin(found[:, 6], ids)]
+    # hotcoco would warn of each detection in other frames
+    found = found[np.isin(found[:, 6], ids) & np.isin(found[:, 0], frames)]
     images = [{"id": k} for k in frames]
-    kinds = [{"id": 1}]  # the class that load_res fills in, too
+    kinds = [{"id": 1, "name": "object"}]  # load_res fills in a 1, too
     labels = COCO.from_arrays(images, kinds, truth[:, 0], np.ones(len(truth)), truth[:, 1:5])
     coco = COCOeval(labels, labels.load_res(found[:, :6]), "bbox")
     coco.params.area_rng = [(0, 1e10), *SIZES.values()]
