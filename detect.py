@@ -243,9 +243,9 @@ class StreamDetector:
 
         ValueError: a frame of another size.
         """
-        size = self.events.shape[2:]
+        size = tuple(self.events.shape[2:])
         if frame.shape != size:
-            raise ValueError(f"a frame of {tuple(frame.shape)}, expected {tuple(size)}")
+            raise ValueError(f"a frame of {tuple(frame.shape)}, expected {size}")
         start = time.perf_counter()
         self.t_us = self.t_us + 50_000 if t_us is None else t_us
         self.events.copy_(torch.as_tensor(frame))

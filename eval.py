@@ -171,7 +171,6 @@ def main(argv):
     config = SimpleNamespace(**configure(known, argv))
     with reading(f"{path} or an option"):
         train.check(config)
-    name = f"{Path(path).stem}_{config.split}"
     folder = Path(config.out_dir, "eval")
     with reading(f"no report can be written to {folder}; choose another --out_dir"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,8 +183,8 @@ def main(argv):
     sequences = open_split(config.data_dir, config.split, len(names))
     hw = sequences[0].hw
     model = load_detector(path, hw, config.partition_split, config.dim_head).to(device)
-    own = trained.get("class_names", names)
     K = model.config.num_classes
+    own = trained.get("class_names", names)
     if own != names or K != len(names):
         raise ValueError(f"{path} is for {K} classes, {own}, but {config.data_dir} has {names}")
 
@@ -205,9 +204,9 @@ def main(argv):
         return
     settings = {key: getattr(config, key) for key in ("data_dir", "sequence_length", *defaults)}
     result = report(labels, found, *hw, names, **settings)
-    path = folder / f"{name}.json"
-    write(path, json.dumps(result, indent=1) + "\n")
-    pictures(folder / f"{name}.png", result, sequences, labels, found, names)
+    path = folder / f"{Path(path).stem}_{config.split}.json"
+    write(path, json.dumps(result, indent=1))
+    pictures(path.with_suffix(".png"), result, sequences, labels, found, names)
     print(compare([path]))
     print(f"written: {path} and .png")
 
