@@ -22,11 +22,10 @@ from tqdm import tqdm
 from data import make_loader
 from formats import BOX_DTYPE
 from loss import box_iou
-from model import Conv, reset_state
+from model import Conv
 
-# Beside the fields of labels: p_obj * p_cls, whatever class_confidence ranks by, and the stride
-# of the pyramid level.
-DETECTION_DTYPE = np.dtype([*BOX_DTYPE.descr, ("confidence", "<f4"), ("stride", "<u2")])
+# Beside the fields of labels: p_obj * p_cls, whatever class_confidence ranks by.
+DETECTION_DTYPE = np.dtype([*BOX_DTYPE.descr, ("confidence", "<f4")])
 
 # Which boxes are scored, and how the report calls that.
 FILTERS = {
@@ -88,19 +87,18 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
     p_cls, label = prediction.cls.sigmoid().max(-1)  # (N, A)
     product = prediction.obj.sigmoid() * p_cls
     rank = p_cls if score == "cls" else product
-    stride = prediction.grid[:, 2].expand_as(product)
     center, size = prediction.box_cxcywh.split(2, dim=-1)
     low = center - size / 2
     high = center + size / 2
-    others = torch.stack((label, 0 * label, rank, product, stride), dim=-1)
-    columns = torch.cat((high, low, high - low, others), dim=-1)  # (N, A, 11)
+    others = torch.stack((label, 0 * label, rank, product), dim=-1)
+    columns = torch.cat((low, high, low, high - low, others), dim=-1)  # (N, A, 12)
 
     found = []
     for t, rows, candidate in zip(t_us, columns, product >= confidence):
         rows = rows[candidate].cpu()  # a GPU is slower with a few boxes
-        rows = rows[nms(rows[:, [2, 3, 0, 1]], rows[:, 9], rows[:, 6], nms_iou)]
+        rows = rows[nms(rows[:, :4], rows[:, 11], rows[:, 8], nms_iou)]
         # Behind `high` they are the fields of DETECTION_DTYPE, but for the time.
-        rows = np.column_stack((np.full(len(rows), t), rows[:, 2:]))
+        rows = np.column_stack((np.full(len(rows), t), rows[:, 4:]))
         found.append(unstructured_to_structured(rows, DETECTION_DTYPE))
     return found
 
@@ -108,17 +106,23 @@ def detections(prediction, t_us, confidence=0.001, nms_iou=0.45, score="cls"):
 # ---- streams
 
 
-def span(sequence, T):
-    """First frames of the chunks of T frames that play a sequence, up to its last label."""
-    first = int(sequence.label_frames[0]) - T + 1  # RVT starts T - 1 frames before the first label
-    return range(max(first, 0), int(sequence.label_frames[-1]) + 1, T)
+def batches(sequences, T, batch_size):
+    """Batches of chunks of T frames that play all sequences up to their last labels.
 
-
-def play(sequences, T):
-    """Chunks of sequences that play one after another: (sequence, first frame)."""
+    Groups of about one length play side by side, where the shorter ones end before. Yields the
+    number of the batch in its group and its chunks: [(sequence, first frame), ...].
+    """
+    plays = []
     for sequence in sequences:
-        for frame in span(sequence, T):
-            yield sequence, frame
+        frames = sequence.label_frames
+        if len(frames):
+            first = max(frames[0] - T + 1, 0)  # RVT, too, starts T - 1 frames before the first
+            plays.append([(sequence, start) for start in range(first, frames[-1] + 1, T)])
+    plays.sort(key=len, reverse=True)
+    for first in range(0, len(plays), batch_size):
+        group = plays[first : first + batch_size]
+        for k in range(len(group[0])):
+            yield k, [play[k] for play in group if k < len(play)]
 
 
 @torch.inference_mode()
@@ -144,24 +148,19 @@ def run(
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
 
-    sequences = sorted((s for s in sequences if len(s.label_frames)), key=lambda s: s.name)
     labels = {}  # by (name, frame)
-    for sequence in sequences:
+    for sequence in sorted(sequences, key=lambda s: s.name):
         for frame, boxes in zip(sequence.label_frames, sequence.boxes):
             labels[sequence.name, frame] = boxes
 
-    # The longest play first: no slot of the batch outlasts the one before it, so that the batch
-    # gets smaller from its end.
-    longest = sorted(sequences, key=lambda s: -len(span(s, T)))
-    slots = batch_size * world
-    played = [play(longest[slot::slots], T) for slot in range(rank, slots, world)]
-    steps = [list(filter(None, chunks)) for chunks in itertools.zip_longest(*played)]
+    steps = list(batches(sequences[rank::world], T, batch_size))
 
-    def read(k):
-        """Events (T, B, 20, H, W) uint8 of step k, zeros behind the end of a sequence."""
-        shape = (T, len(steps[k]), 20, *sequences[0].hw)
+    def read(index):
+        """Events (T, B, 20, H, W) uint8 of a step, zeros behind the end of a sequence."""
+        chunks = steps[index][1]
+        shape = (T, len(chunks), 20, *sequences[0].hw)
         events = torch.zeros(shape, dtype=torch.uint8, pin_memory=kind == "cuda")
-        for b, (sequence, start) in enumerate(steps[k]):
+        for b, (sequence, start) in enumerate(chunks):
             stop = min(start + T, sequence.length)
             sequence.read(start, stop, events[:, b].numpy())
         return events
@@ -169,25 +168,19 @@ def run(
     training = model.training
     model.eval()
     loader = make_loader(read, 0, num_workers)
-    state = model.initial_state(batch_size)
     found = {}
-    for step in tqdm(steps, "evaluating", unit=" chunks", leave=False, disable=rank > 0):
-        # The labelled frames among the T * B of this step, time first.
-        index = []
-        due = []
-        for n, (t, (sequence, start)) in enumerate(itertools.product(range(T), step)):
-            if (sequence.name, start + t) in labels:
-                index.append(n)
-                due.append((sequence.name, start + t))
-
-        # A slot that starts a sequence forgets the one before.
-        is_first = [start == span(sequence, T)[0] for sequence, start in step]
-        is_first = torch.tensor(is_first, device=device)
-        state = reset_state([s[: len(step)] for s in state], is_first)
+    for k, chunks in tqdm(steps, "evaluating", leave=False, disable=rank > 0):
+        # A group starts from nothing; the sequences that have ended were its last.
+        if k == 0:
+            state = model.initial_state(len(chunks))
+        state = [s[: len(chunks)] for s in state]
+        frames = itertools.product(range(T), chunks)
+        keys = [(sequence.name, start + t) for t, (sequence, start) in frames]
+        labelled = torch.tensor([key in labels for key in keys])
+        due = [key for key in keys if key in labels]
         events = next(loader).to(device, non_blocking=True)
-        index = torch.tensor(index, dtype=torch.int64, device=device)
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
-            prediction, state = model(events, state, index)
+            prediction, state = model(events, state, labelled.view(T, -1))
         t_us = [labels[key]["t"][0] for key in due]
         found.update(zip(due, detections(prediction, t_us, **options)))
     model.train(training)
@@ -250,9 +243,9 @@ class StreamDetector:
 
         ValueError: a frame of another size.
         """
-        size = self.events.shape[2:]
+        size = tuple(self.events.shape[2:])
         if frame.shape != size:
-            raise ValueError(f"a frame of {tuple(frame.shape)}, expected {tuple(size)}")
+            raise ValueError(f"a frame of {tuple(frame.shape)}, expected {size}")
         start = time.perf_counter()
         self.t_us = self.t_us + 50_000 if t_us is None else t_us
         self.events.copy_(torch.as_tensor(frame))
@@ -268,13 +261,6 @@ class StreamDetector:
         """Forget what was seen."""
         self.t_us = 0
         torch._foreach_zero_(self.state)
-
-    def speed(self):
-        """Device, and the ms that a frame took: median and 95th percentile of the last 1000."""
-        device = self.events.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        median, p95 = np.percentile(self.ms, (50, 95)).round(3).tolist()
-        return {"device": name, "ms_median": median, "ms_p95": p95}
 
 
 # ---- scores
@@ -294,46 +280,54 @@ def prophesee_filter(boxes, width):
     return boxes[(boxes["t"] > 500_000) & long & wide]
 
 
-def table(frames):
+def table(frames, box_filter, width):
     """Rows (n, 7) of the boxes of all frames: frame, x, y, w, h, class_confidence, class_id."""
     rows = [np.zeros((0, 7))]
     for k, boxes in enumerate(frames):
+        if box_filter == "prophesee":
+            boxes = prophesee_filter(boxes, width)
         columns = [boxes[name] for name in ("x", "y", "w", "h", "class_confidence", "class_id")]
         rows.append(np.column_stack((np.full(len(boxes), k), *columns)))
     rows = np.concatenate(rows)
     return rows[rows[:, 6].argsort(kind="stable")]  # equal scores rank by class, as in pycocotools
 
 
-def score_row(truth, found, frames):
+def score_row(truth, found, ids):
     """Row of the report, numbers in 0..1, -1 where undefined; and the curve at IoU 0.5 (101,).
 
-    truth, found: labels and detections as from `table`, whatever their class; frames: all that are
-    scored. A metric of your own becomes a column of the report where it is added to the row.
+    truth, found: labels and detections as from `table`; ids: the classes that are scored as one,
+    in the frames with labels of any class. A metric of your own becomes a column of the report
+    where it is added to the row.
     """
+    frames = np.unique(truth[:, 0])
+    truth = truth[np.isin(truth[:, 6], ids)]
+    # hotcoco would warn of each detection in other frames
+    found = found[np.isin(found[:, 6], ids) & np.isin(found[:, 0], frames)]
     images = [{"id": k} for k in frames]
-    kinds = [{"id": 1, "name": "object"}]  # whatever their class; load_res fills in a 1, too
+    kinds = [{"id": 1, "name": "object"}]  # load_res fills in a 1, too
     labels = COCO.from_arrays(images, kinds, truth[:, 0], np.ones(len(truth)), truth[:, 1:5])
     coco = COCOeval(labels, labels.load_res(found[:, :6]), "bbox")
     coco.params.area_rng = [(0, 1e10), *SIZES.values()]
     coco.evaluate()
     coco.accumulate()
 
-    # By IoU 0.5, 0.55, ... 0.95; recall 0, 0.01, ... 1; size (all, then SIZES); number of
-    # detections in a frame at most (1, 10, 100).
-    precision = coco.eval["precision"][:, :, 0]  # (10, 101, 5, 3)
+    # By IoU 0.5, 0.55, ... 0.95; recall 0, 0.01, ... 1; size (all, then SIZES); of at most 100
+    # detections in a frame, or of at most 1, 10, 100.
+    precision = coco.eval["precision"][:, :, 0, :, 2]  # (10, 101, 5)
     recall = coco.eval["recall"][:, 0]  # (10, 5, 3)
+    curve = precision[0, :, 0]
     ap = precision.mean((0, 1))
     ar = recall.mean(0)
     row = {
         "frames": len(frames),
         "boxes": len(truth),
-        "AP": ap[0, 2],
-        "AP50": precision[0, :, 0, 2].mean(),
-        "AP75": precision[5, :, 0, 2].mean(),
-        "AP_T": ap[1, 2],
-        "AP_S": ap[2, 2],
-        "AP_M": ap[3, 2],
-        "AP_L": ap[4, 2],
+        "AP": ap[0],
+        "AP50": curve.mean(),
+        "AP75": precision[5, :, 0].mean(),
+        "AP_T": ap[1],
+        "AP_S": ap[2],
+        "AP_M": ap[3],
+        "AP_L": ap[4],
         "AR1": ar[0, 0],
         "AR10": ar[0, 1],
         "AR100": ar[0, 2],
@@ -342,7 +336,7 @@ def score_row(truth, found, frames):
         "AR_M": ar[3, 2],
         "AR_L": ar[4, 2],
     }
-    return row, precision[0, :, 0, 2]
+    return row, curve
 
 
 def class_mean(rows):
@@ -378,21 +372,14 @@ def score_boxes(
     """
     if box_filter not in FILTERS:
         raise ValueError(f"box_filter={box_filter!r}: expected {' or '.join(FILTERS)}")
-    if box_filter == "prophesee":
-        labels = [prophesee_filter(boxes, width) for boxes in labels]
-        detections = [prophesee_filter(boxes, width) for boxes in detections]
-    truth = table(labels)
-    found = table(detections)
-    frames = np.unique(truth[:, 0])
-    found = found[np.isin(found[:, 0], frames)]
+    truth = table(labels, box_filter, width)
+    found = table(detections, box_filter, width)
     ids = range(len(class_names)) if class_ids is None else class_ids
     groups = {"all": ids}
-    if ids and not class_agnostic:
+    if not class_agnostic:
         groups = {class_names[i]: [i] for i in ids}
     rows = {}
     curves = {}
     for name, group in groups.items():
-        members = truth[np.isin(truth[:, 6], group)]
-        others = found[np.isin(found[:, 6], group)]
-        rows[name], curves[name] = score_row(members, others, frames)
+        rows[name], curves[name] = score_row(truth, found, group)
     return class_mean(list(rows.values())) | {"classes": rows, "curves": curves}

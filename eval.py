@@ -9,7 +9,6 @@ folder) a report, CHECKPOINT_SPLIT.json, with pictures, CHECKPOINT_SPLIT.png.
     python eval.py --compare a/eval/best_test.json b/eval/best_test.json
 """
 
-import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -27,7 +26,6 @@ from detect import (
     SIZES,
     StreamDetector,  # noqa: F401, for `from eval import StreamDetector`
     class_mean,
-    prophesee_filter,
     run,
     score_boxes,
 )
@@ -45,7 +43,16 @@ defaults = {
 }
 
 # Reports are compared only where these agree.
-COMPARABLE = ("split", "labels", "resolution", "classes", "confidence", "nms_iou", "score")
+COMPARABLE = (
+    "split",
+    "data_dir",
+    "resolution",
+    "classes",
+    "boxes",
+    "score",
+    "confidence",
+    "nms_iou",
+)
 
 
 # ---- report
@@ -58,36 +65,29 @@ def report(
     width,
     class_names,
     small_classes=defaults["small_classes"],
-    strides=(),
     **settings,
 ):
     """All scores of a run, each row under its protocol, ready for JSON; undefined values are None.
 
-    labels, detections: as `run` returns them; strides: the model's, for a row on the detections of
-    each alone. A row of your own is added like these.
-    -> "settings" (what was passed, resolution, classes, number and fingerprint of the labels),
-    "sizes" (boxes of each size, and how many the Prophesee filter leaves), "rows" (by protocol),
-    "curves" (per class, precision at recall 0, 0.04, ... 1 for IoU 0.5, all boxes).
+    labels, detections: as `run` returns them. A row of your own is added like these.
+    -> "settings" (what was passed, resolution, classes, number of labels), "sizes" (labels of each
+    size), "rows" (by protocol), "curves" (per class, precision at recall 0, 0.04, ... 1 for IoU
+    0.5, all boxes).
     """
-    scene = height, width, class_names
+    run_of = labels, detections, height, width, class_names
     small = [name for name in class_names if name in small_classes]
     scores = {}
     for box_filter, kind in FILTERS.items():
-        every = score_boxes(labels, detections, *scene, box_filter)
+        every = score_boxes(*run_of, box_filter)
         scores[f"class mean, {kind}"] = every
-        agnostic = score_boxes(labels, detections, *scene, box_filter, class_agnostic=True)
-        scores[f"class-agnostic, {kind}"] = agnostic
+        scores[f"class-agnostic, {kind}"] = score_boxes(*run_of, box_filter, class_agnostic=True)
         if small:
             title = f"small_classes ({', '.join(small)}), class mean, {kind}"
             scores[title] = class_mean([every["classes"][name] for name in small])
         for name, row in every["classes"].items():
             scores[f"{name}, {kind}"] = row
     title = "eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter"
-    scores[title] = score_boxes(labels, detections, *scene, "prophesee", True, range(3))
-    for stride in strides:
-        level = [boxes[boxes["stride"] == stride] for boxes in detections]
-        title = f"detections of stride {stride} alone, class mean, all boxes"
-        scores[title] = score_boxes(labels, level, *scene)
+    scores[title] = score_boxes(*run_of, "prophesee", True, range(3))
 
     rows = {}
     for title, row in scores.items():
@@ -95,70 +95,63 @@ def report(
     curves = {}
     for name, curve in scores["class mean, all boxes"]["curves"].items():
         curves[name] = curve[::4].round(3).tolist()
-
     boxes = np.concatenate([*labels, np.zeros(0, BOX_DTYPE)])
     area = boxes["w"] * boxes["h"]
     sizes = {}
     for name, (low, high) in SIZES.items():
-        of_size = boxes[(area >= low) & (area <= high)]
-        left = prophesee_filter(of_size, width)
-        sizes[name] = {"boxes": len(of_size), "Prophesee filter leaves": len(left)}
-    fingerprint = hashlib.sha256()
-    for name in ("t", "x", "y", "w", "h", "class_id"):
-        fingerprint.update(boxes[name].tobytes())
+        sizes[name] = int(((area >= low) & (area <= high)).sum())
     settings |= {
         "resolution": [height, width],
         "classes": list(class_names),
         "boxes": len(boxes),
-        "labels": fingerprint.hexdigest()[:12],
     }
     return {"settings": settings, "sizes": sizes, "rows": rows, "curves": curves}
 
 
-def line(title, row, base, sign=""):
-    """Line of a table: frames, boxes, scores in percent less those of `base`, title."""
-    text = f"{row['frames']:7}{row['boxes']:8}"
-    for name in list(row)[2:]:
-        if row[name] is None or base.get(name) is None:
+def line(title, row, columns, sign=""):
+    """Line of a table: counts, scores in percent, title."""
+    text = ""
+    for name in columns:
+        value = row.get(name)
+        if value is None:
             text += "    n/a"
+        elif isinstance(value, int):
+            text += f"{value:7}"
         else:
-            text += f"{100 * (row[name] - base[name]):{sign}7.1f}"
+            text += f"{100 * value:{sign}7.1f}"
     return f"{text}   {title}"
 
 
 def compare(paths):
-    """Reports side by side, as text: settings and sizes, then rows, with differences to the first.
+    """Reports as text: their settings, then rows by protocol, with differences to the first report.
 
     ValueError: a file that is no report; one of another split, data, threshold or ranking.
     """
-    settings = []
-    lines = {}  # of each protocol
-    columns = ()
     first = None
+    columns = ()
+    settings = []
+    table = {}  # lines by protocol
     for path in paths:
         with reading(path):
             report = json.loads(Path(path).read_text())
             first = first or report
-            here = report["settings"] | report["sizes"]
             for key in COMPARABLE:
-                there = first["settings"][key]
-                if here[key] != there:
-                    what = f"{key} {here[key]}, not {there}"
-                    raise ValueError(f"not comparable with {paths[0]}: {what}")
-            settings += [f"report: {path}", *[f"{key}: {value}" for key, value in here.items()]]
+                value = report["settings"][key]
+                if value != first["settings"][key]:
+                    raise ValueError(f"not comparable with {paths[0]}: {key} is {value}")
+            settings.append(f"{path}: {report['settings']}, boxes by size: {report['sizes']}")
             for title, row in report["rows"].items():
-                columns = list(row)[2:]
-                zero = dict.fromkeys(columns, 0)
-                if report is first:
-                    lines[title] = [line(title, row, zero)]
-                    continue
-                base = first["rows"].get(title, {})
-                block = lines.setdefault(title, [])
-                block.append(line(f"{title} | {path}", row, zero))
-                block.append(line("  difference", row, base, "+"))
-    head = "".join([f" {name:>6}" for name in columns])
-    head = f" frames   boxes{head}   in %, by protocol"
-    return "\n".join([*settings, head, *sum(lines.values(), [])])
+                columns = list(row)
+                name = title if report is first else f"{title} | {path}"
+                block = table.setdefault(title, [])
+                block.append(line(name, row, columns))
+                if report is not first:
+                    base = first["rows"].get(title, {})
+                    both = [k for k in columns if None not in (row[k], base.get(k))]
+                    change = {k: row[k] - base[k] for k in both}
+                    block.append(line("  difference", change, columns, "+"))
+    head = "".join([f"{name:>7}" for name in columns])
+    return "\n".join([*settings, f"{head}   in %, by protocol", *sum(table.values(), [])])
 
 
 # ---- command line
@@ -178,11 +171,6 @@ def main(argv):
     config = SimpleNamespace(**configure(known, argv))
     with reading(f"{path} or an option"):
         train.check(config)
-    name = f"{Path(path).stem}_{config.split}"
-    for key in ("score", "confidence", "nms_iou"):  # reports of other protocols stay, too
-        value = getattr(config, key)
-        if value != defaults[key]:
-            name += f"_{key}={value}".replace("*", "x")
     folder = Path(config.out_dir, "eval")
     with reading(f"no report can be written to {folder}; choose another --out_dir"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,8 +183,8 @@ def main(argv):
     sequences = open_split(config.data_dir, config.split, len(names))
     hw = sequences[0].hw
     model = load_detector(path, hw, config.partition_split, config.dim_head).to(device)
-    own = tuple(trained.get("class_names", names))
     K = model.config.num_classes
+    own = trained.get("class_names", names)
     if own != names or K != len(names):
         raise ValueError(f"{path} is for {K} classes, {own}, but {config.data_dir} has {names}")
 
@@ -215,10 +203,10 @@ def main(argv):
     if dist.is_initialized() and dist.get_rank():
         return
     settings = {key: getattr(config, key) for key in ("data_dir", "sequence_length", *defaults)}
-    result = report(labels, found, *hw, names, strides=model.config.strides, **settings)
-    path = folder / f"{name}.json"
-    write(path, json.dumps(result, indent=1) + "\n")
-    pictures(folder / f"{name}.png", result, sequences, labels, found, names)
+    result = report(labels, found, *hw, names, **settings)
+    path = folder / f"{Path(path).stem}_{config.split}.json"
+    write(path, json.dumps(result, indent=1))
+    pictures(path.with_suffix(".png"), result, sequences, labels, found, names)
     print(compare([path]))
     print(f"written: {path} and .png")
 
