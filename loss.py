@@ -1,7 +1,8 @@
-"""Predictions and boxes -> losses: SimOTA assignment, IoU, objectness and class terms, size-aware weights.
+"""Predictions and boxes -> losses: SimOTA, IoU, objectness and class terms, size-aware weights.
 
-In: a Prediction of model.py and targets (N, M, 5). Out: a dict of named scalars. All frames and boxes are assigned
-in one batch, over each frame's few candidate anchors only. Sources: YOLOX, arXiv 2107.08430; OTA, arXiv 2103.14259.
+In: a Prediction of model.py and targets (N, M, 5). Out: a dict of named scalars. All frames are
+assigned in one batch, over each frame's few candidate anchors only.
+Sources: YOLOX, arXiv 2107.08430; OTA, arXiv 2103.14259.
 
     losses = detection_loss(prediction, targets); losses["loss"].backward()
 """
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-LEVELS = 4  # of a pyramid, at most; one with fewer leaves the others without cells
-MOST = 10   # anchors that one box can claim
+LEVELS = 4  # of a pyramid, at most, each of half the rows and columns of the one before
+MOST = 10   # anchors that a box can claim
+CHUNK = 32  # boxes of a frame that are compared with its candidates at once
 Assignment = namedtuple("Assignment", "anchor matched box iou")
 
 
@@ -21,9 +23,10 @@ def size_weights(area, kind, weight, small, medium):
     """Loss weight of a box by its area, 1 for large ones and up to `weight` for small ones.
 
     area (...) in input pixels^2  ->  weights (...)
-    kind: "exponential": weight * exp(-area / small), kept within 1 and weight; "linear": weight up to small, falling
-    linearly to 1 at medium; "step": weight up to small, (1 + weight) / 2 up to medium, 1 above.
-    Source: the experiment notes; the linear and step forms are ours. ValueError for another kind.
+    kind: "exponential": weight * exp(-area / small), kept within 1 and weight; "linear": weight up
+    to small, falling linearly to 1 at medium; "step": weight up to small, (1 + weight) / 2 up to
+    medium, 1 above. ValueError for another kind.
+    Source: the experiment notes; the linear and step forms are ours.
     """
     if kind == "exponential":
         return (weight * torch.exp(-area / small)).clamp(1, weight)
@@ -38,7 +41,7 @@ def size_weights(area, kind, weight, small, medium):
 
 @dataclass
 class SizeAware:
-    """Settings of the size-aware loss. The fields are config keys, declared here and nowhere else."""
+    """Settings of the size-aware loss: config keys, declared here and nowhere else."""
 
     size_aware_loss: bool = False       # on or off
     size_aware_weight: float = 2.0      # of the smallest boxes, 1 or more
@@ -51,30 +54,46 @@ class SizeAware:
         """ValueError, naming key and value, for what cannot work."""
         self.weights(torch.ones(1))  # knows the weight types
         if self.size_aware_terms not in (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou")):
-            raise ValueError(f"size_aware_terms={self.size_aware_terms}: expected iou, cls or both")
+            raise ValueError(
+                f"size_aware_terms={self.size_aware_terms}: expected iou, cls or both"
+            )
         if self.size_aware_weight < 1:
             raise ValueError(f"size_aware_weight={self.size_aware_weight}: below 1")
         small, medium = self.small_threshold, self.medium_threshold
         if min(small, medium) < 0 or 0 < medium <= small:
-            raise ValueError(f"small_threshold={small:g}, medium_threshold={medium:g}: expected areas, "
-                             "the small one below the medium one; 0 is a tercile of the data set's")
+            raise ValueError(
+                f"small_threshold={small:g}, medium_threshold={medium:g}: expected areas, the small"
+                " one below the medium one; 0 is a tercile of the data set's"
+            )
 
     def weights(self, area):
         """size_weights of boxes of `area` under these settings."""
-        return size_weights(area, self.weight_type, self.size_aware_weight,
-                            self.small_threshold, self.medium_threshold)
+        return size_weights(
+            area,
+            self.weight_type,
+            self.size_aware_weight,
+            self.small_threshold,
+            self.medium_threshold,
+        )
+
+
+def area_of(size):
+    """Width times height of sizes (..., 2); prod would synchronise in its backward pass."""
+    return size[..., 0] * size[..., 1]
 
 
 def box_iou(a, b):
-    """Intersection over union of boxes a and b (..., 4) as cx, cy, w, h, broadcast; 0 where both are empty."""
-    low = torch.maximum(a[..., :2] - a[..., 2:] / 2, b[..., :2] - b[..., 2:] / 2)
-    high = torch.minimum(a[..., :2] + a[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2)
-    # prod would synchronise in its backward pass
-    overlap_w, overlap_h = (high - low).clamp(min=0).unbind(-1)
-    overlap = overlap_w * overlap_h
-    area_a = a[..., 2] * a[..., 3]
-    area_b = b[..., 2] * b[..., 3]
-    return overlap / (area_a + area_b - overlap + 1e-16)
+    """Intersection over union of boxes a and b (..., 4) as cx, cy, w, h, broadcast.
+
+    0 where both are empty.
+    """
+    centre_a, size_a = a.split(2, dim=-1)
+    centre_b, size_b = b.split(2, dim=-1)
+    low = torch.maximum(centre_a - size_a / 2, centre_b - size_b / 2)
+    high = torch.minimum(centre_a + size_a / 2, centre_b + size_b / 2)
+    overlap = area_of((high - low).clamp(min=0))
+    union = area_of(size_a) + area_of(size_b) - overlap
+    return overlap / (union + 1e-16)
 
 
 def take(x, index):
@@ -83,87 +102,134 @@ def take(x, index):
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def candidate_anchors(grid, box, exists):
-    """Distinct anchors of each frame that lie near any of its boxes, at most 9 a level and box.
+def is_box(targets):
+    """Which rows of targets (N, M, 5) are no padding -> (N, M) bool."""
+    return targets[..., 3:].amin(-1) > 0
 
-    grid (A, 3) cell x, cell y, stride; box (N, M, 4), exists (N, M) bool  ->  anchor (N, U) int64 in ascending order
-    and valid (N, U) bool, U = M * 9 * LEVELS. The levels are found on the device: no synchronisation.
+
+def candidate_anchors(grid, targets):
+    """Candidates of each frame: anchors whose cell centre is near the centre of any of its boxes.
+
+    Near is strictly within 1.5 strides along each axis: at most 9 anchors a level and box.
+    grid (A, 3) cell x, cell y, stride; targets (N, M, 5)
+    -> anchor (N, U) int64; valid (N, U) bool, on for candidates, each once; own (N, M, 9 * LEVELS),
+    the places in U of each box's candidates, filled with a place that is not valid.
+    U = 9 * LEVELS * M + 1, or at most A + 1 where frames are crowded; the last is never valid.
+    The levels are found on the device: no synchronisation.
     """
     A = len(grid)
     step = torch.arange(-1, 2, device=grid.device)
     around = torch.cartesian_prod(step, step)  # (9, 2)
 
     # each level's stride, twice the one before; its first anchor; its columns and rows
-    stride = grid[0, 2] * 2 ** torch.arange(LEVELS, device=grid.device)  # (L,)
-    first = (grid[:, 2] < stride[:, None]).sum(1)  # (L,)
-    on_level = (grid[:, 2] == stride[:, None])[..., None]  # (L, A, 1)
-    size = torch.where(on_level, grid[:, :2] + 1, 0).amax(1).long()  # (L, 2)
+    level = torch.arange(LEVELS, device=grid.device)[:, None, None]
+    stride = grid[0, 2] * 2**level  # (L, 1, 1)
+    first = (grid[:, 2:] < stride).sum(1)  # (L, 1)
+    on_level = grid[:, 2:] == stride  # (L, A, 1)
+    size = torch.where(on_level, grid[:, :2] + 1, 0).amax(1, keepdim=True)  # (L, 1, 2)
 
-    # the cells around each box centre
-    cell = (box[:, :, None, :2] / stride[:, None]).floor().long()  # (N, M, L, 2)
-    cell = cell[..., None, :] + around  # (N, M, L, 9, 2)
-    inside = ((cell >= 0) & (cell < size[:, None])).all(-1) & exists[..., None, None]  # (N, M, L, 9)
-    anchor = first[:, None] + cell[..., 1] * size[:, :1] + cell[..., 0]
+    # the cells around each box centre: those in the frame, and those of them that are near enough
+    middle = targets[:, :, None, None, 1:3]  # (N, M, 1, 1, 2)
+    cell = (middle / stride).floor() + around  # (N, M, L, 9, 2)
+    centre = (cell + 0.5) * stride
+    reach = 1.5 * stride
+    inside = ((cell >= 0) & (cell < size)).all(-1) & is_box(targets)[..., None, None]
+    near = inside & ((centre > middle - reach) & (centre < middle + reach)).all(-1)
+    anchor = first + (cell[..., 0] + cell[..., 1] * size[..., 0]).long()  # (N, M, L, 9)
 
-    # anchors outside the frame go to the end, duplicates to places side by side
-    anchor = torch.where(inside, anchor, A).flatten(1).sort(dim=1).values  # (N, U)
-    duplicate = F.pad(anchor[:, 1:] == anchor[:, :-1], (1, 0))
-    return anchor.clamp(max=A - 1), (anchor < A) & ~duplicate
+    # one list for all boxes of a frame, in which A stands for none
+    listed = torch.where(inside, anchor, A).flatten(1).sort(dim=1).values
+    if listed.shape[1] > max(A, MOST):
+        # crowded: each anchor once, and no more of a level than it has, a quarter of the one before
+        repeated = F.pad(listed[:, 1:] == listed[:, :-1], (1, 0))
+        listed = torch.where(repeated, A, listed).sort(dim=1).values
+        M = targets.shape[1]
+        most = sum(min(9 * M, 3 * A // (4**n - 1)) for n in range(1, LEVELS + 1))
+        listed = listed[:, : min(A, most)]
+    listed = F.pad(listed, (0, 1), value=A)  # (N, U)
+    wanted = torch.where(near, anchor, A).flatten(1)
+    own = torch.searchsorted(listed, wanted)
+    valid = torch.zeros_like(listed).scatter(1, own, 1).bool() & (listed < A)
+    return listed.clamp(max=A - 1), valid, own.view_as(near).flatten(2)
+
+
+def claim(target, own, predicted, cost_cls):
+    """What some boxes claim, and for each candidate the cheapest of them.
+
+    target (N, M, 5), own (N, M, 9 * LEVELS), predicted boxes (N, U, 4), cost_cls (N, K, U)
+    -> places in U (N, M, MOST), filled with the last; cost (N, U) and index (N, U) of the cheapest
+    """
+    iou = box_iou(target[:, :, None, 1:], predicted[:, None])  # (N, M, U)
+    count = iou.topk(MOST).values.sum(-1, keepdim=True).int().clamp(min=1)  # (N, M, 1)
+
+    # in place, since memory is what takes time here
+    cost = take(cost_cls, target[..., 0].long())  # (N, M, U)
+    cost -= iou.add_(1e-8).log_().mul_(3)
+    cost += torch.full_like(cost, 1e6).scatter_(2, own, 0)  # for what is not its own
+
+    lowest, place = cost.topk(MOST, largest=False)
+    chosen = torch.arange(MOST, device=cost.device) < count
+    chosen &= lowest.isfinite() & is_box(target)[..., None]
+    nothing = cost.shape[2] - 1
+    return torch.where(chosen, place, nothing), *cost.min(1)
 
 
 @torch.no_grad()
 def assign(prediction, targets):
     """SimOTA: which anchors answer for which box, from the cost of letting them.
 
-    prediction: box_cxcywh (N, A, 4), obj (N, A), cls (N, A, K), grid (A, 3); targets (N, M, 5), zero rows padding
-    -> Assignment(anchor (N, U), matched (N, U) bool, box (N, U) index into M, iou (N, U) with that box)
-    A candidate's cell centre lies strictly within 1.5 strides of a box centre. An anchor that several boxes claim goes
-    to the box of the frame that is cheapest there. Boxes without a candidate of their own claim those of others; frames
-    without boxes match nothing. Another assigner may return all A anchors, U = A.
+    prediction: box_cxcywh (N, A, 4), obj (N, A), cls (N, A, K), grid (A, 3)
+    targets (N, M, 5), zero rows padding
+    -> Assignment(anchor (N, U), matched (N, U) bool, box (N, U) index into M, iou (N, U) with it)
+    A box claims its cheapest candidates; where it has too few, others' too. An anchor that several
+    boxes claim goes to the box of the frame that is cheapest there. Frames without boxes match
+    nothing. Another assigner may well return all anchors, U = A.
     """
-    box = targets[..., 1:]
-    exists = box[..., 2:].amin(-1) > 0  # (N, M)
-    anchor, valid = candidate_anchors(prediction.grid, box, exists)
+    anchor, valid, own = candidate_anchors(prediction.grid, targets)
 
-    # whose candidate an anchor is
-    cell = prediction.grid[anchor]  # (N, U, 3)
-    centre = (cell[..., :2] + 0.5) * cell[..., 2:]  # (N, U, 2)
-    reach = 1.5 * cell[..., 2:]  # (N, U, 1)
-    low = box[:, :, None, :2] - reach[:, None]  # (N, M, U, 2)
-    high = box[:, :, None, :2] + reach[:, None]
-    own = ((centre[:, None] > low) & (centre[:, None] < high)).all(-1)  # (N, M, U)
-    valid = valid & (own & exists[..., None]).any(1)
-    pair = valid[:, None] & exists[..., None]  # (N, M, U)
-
-    # what it costs that an anchor answers for a box
-    iou = box_iou(box[:, :, None], take(prediction.box_cxcywh, anchor)[:, None])
-    iou = torch.where(pair, iou, 0)
+    # what is no candidate overlaps nothing and costs infinitely much
+    valid = valid[..., None]
+    predicted = torch.where(valid, take(prediction.box_cxcywh, anchor), 0)  # (N, U, 4)
+    predicted = predicted.mT.contiguous().mT  # coordinates apart in memory: twice as fast
     p_obj = take(prediction.obj[..., None], anchor).sigmoid()
     probability = (take(prediction.cls, anchor).sigmoid() * p_obj).sqrt()  # (N, U, K)
     log_yes = probability.log().clamp(min=-100)
     log_no = (1 - probability).log().clamp(min=-100)
-    label = targets[..., :1].long().expand(-1, -1, anchor.shape[1])  # (N, M, U)
-    cost_cls = (log_no - log_yes).mT.gather(1, label) - log_no.sum(-1)[:, None]
-    cost = cost_cls - 3 * (iou + 1e-8).log() + 1e6 * ~own
-    cost = torch.where(pair, cost, torch.inf)
+    cost_cls = log_no - log_yes - log_no.sum(-1, keepdim=True)
+    cost_cls = torch.where(valid, cost_cls, torch.inf).mT.contiguous()  # (N, K, U)
 
-    # each box claims its cheapest anchors
-    count = iou.topk(MOST).values.sum(-1).int().clamp(min=1)  # (N, M)
-    cheapest, where = cost.topk(MOST, largest=False)  # (N, M, MOST)
-    chosen = torch.arange(MOST, device=cost.device) < count[..., None]
-    claimed = torch.zeros_like(pair).scatter(2, where, chosen & cheapest.isfinite())
+    # chunks of boxes, so that memory grows with the candidates, not with their pairs with boxes
+    chunks = zip(targets.split(CHUNK, 1), own.split(CHUNK, 1))
+    parts = [claim(*chunk, predicted, cost_cls) for chunk in chunks]
+    places, lowest, cheapest = zip(*parts)
+    part = torch.stack(lowest).argmin(0, keepdim=True)  # (1, N, U)
+    cheapest = CHUNK * part + torch.stack(cheapest).gather(0, part)
 
-    claims = claimed.sum(1)  # (N, U)
-    winner = torch.where(claims > 1, cost.argmin(1), claimed.int().argmax(1))
-    return Assignment(anchor, claims > 0, winner, iou.gather(1, winner[:, None])[:, 0])
+    # each anchor to its only claimant, or to the cheapest box
+    places = torch.cat(places, 1).flatten(1)  # (N, M * MOST)
+    claimant = torch.arange(places.shape[1], device=own.device) // MOST
+    none = torch.zeros_like(anchor)
+    claims = none.scatter_add(1, places, torch.ones_like(places))
+    only = none.scatter(1, places, claimant.expand_as(places))
+    box = torch.where(claims > 1, cheapest[0], only)
+    iou = box_iou(predicted, take(targets, box)[..., 1:])
+    return Assignment(
+        anchor[:, :-1],
+        claims[:, :-1] > 0,
+        box[:, :-1],
+        iou[:, :-1],
+    )
 
 
 def focal_loss(logits, onehot):
-    """Focal loss with alpha 0.25 and gamma 2, elementwise. Source: Lin et al. 2017, arXiv 1708.02002, equation 5."""
+    """Focal loss with alpha 0.25 and gamma 2, elementwise.
+
+    Source: Lin et al. 2017, arXiv 1708.02002, equation 5.
+    """
     cross_entropy = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
     p = logits.sigmoid()
     p_true = p * onehot + (1 - p) * (1 - onehot)
-    alpha = 0.25 * onehot + 0.75 * (1 - onehot)
+    alpha = 0.75 - 0.5 * onehot
     return alpha * (1 - p_true) ** 2 * cross_entropy
 
 
@@ -173,9 +239,10 @@ def detection_loss(prediction, targets, size_aware=None):
     prediction: box_cxcywh (N, A, 4) pixels, obj (N, A) and cls (N, A, K) logits, grid (A, 3)
     targets (N, M, 5): class, cx, cy, w, h in pixels; rows of zeros are padding
     size_aware: SizeAware; None, or size_aware_loss off, is the plain loss
-    -> dict of scalars: loss = iou + obj + cls, each summed and divided by the matched anchors of the batch;
-    num_fg = these per box, for the log. Without any box the divisor is 1 and only the objectness is trained.
-    Weights act on the IoU term ("iou") and on a focal class term in place of the plain one ("cls").
+    -> dict of scalars: loss = iou + obj + cls, each summed and divided by the matched anchors of
+    the batch; num_fg = these per box, for the log. Without any box the divisor is 1 and only the
+    objectness is trained. Weights act on the IoU term ("iou") and on a focal class term in place
+    of the plain one ("cls").
     """
     with torch.autocast(targets.device.type, enabled=False):
         prediction = type(prediction)(*[field.float() for field in prediction])
@@ -184,7 +251,7 @@ def detection_loss(prediction, targets, size_aware=None):
             targets = targets.new_zeros(len(targets), 1, 5)
         found = assign(prediction, targets)
         num_matched = found.matched.sum().clamp(min=1)
-        num_boxes = (targets[..., 3:].amin(-1) > 0).sum().clamp(min=1)
+        num_boxes = is_box(targets).sum().clamp(min=1)
 
         # each anchor beside the box it answers for
         target = take(targets, found.box)  # (N, U, 5)
@@ -194,18 +261,26 @@ def detection_loss(prediction, targets, size_aware=None):
 
         iou = 1 - box_iou(box, target[..., 1:]) ** 2  # (N, U)
         quality = onehot * found.iou[..., None]
-        cls = F.binary_cross_entropy_with_logits(logits, quality, reduction="none").sum(-1)
+        cls = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+        cls = cls.sum(-1)
         if size_aware is not None and size_aware.size_aware_loss:
-            weight = size_aware.weights(target[..., 3] * target[..., 4])
+            weight = size_aware.weights(area_of(target[..., 3:]))
             if "iou" in size_aware.size_aware_terms:
                 iou = weight * iou
             if "cls" in size_aware.size_aware_terms:
                 cls = weight * focal_loss(logits, onehot).sum(-1)
 
-        # duplicates of an anchor are unmatched and add nothing
-        is_object = torch.zeros_like(prediction.obj).scatter_add(1, found.anchor, found.matched.float())
-        obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum") / num_matched
+        # an anchor may be listed more than once, but is matched once at most
+        is_object = torch.zeros_like(prediction.obj)
+        is_object = is_object.scatter_add(1, found.anchor, found.matched.float())
+        obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum")
+        obj = obj / num_matched
         iou = 5 * torch.where(found.matched, iou, 0).sum() / num_matched
         cls = torch.where(found.matched, cls, 0).sum() / num_matched
-        return {"loss": iou + obj + cls, "iou": iou, "obj": obj, "cls": cls,
-                "num_fg": num_matched / num_boxes}
+        return {
+            "loss": iou + obj + cls,
+            "iou": iou,
+            "obj": obj,
+            "cls": cls,
+            "num_fg": num_matched / num_boxes,
+        }
