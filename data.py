@@ -2,15 +2,15 @@
 
 In: DATA/{train,val,test}/SEQUENCE as prepare.py or RVT's preprocessing writes them.
 Out: Sequence, Batch. As a script it inspects a data set with the code that training reads it with,
-decodes every frame and lists what training would fail on (exit status 1).
+decodes every frame and prints what training would fail on as FINDING (exit status 1).
 
-    python data.py datasets/toy --split=train
+    python data.py datasets/toy           # train and val, or those named: datasets/toy test
 """
 
 import functools
 import itertools
 import json
-from collections import deque, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +20,10 @@ import hdf5plugin  # its import registers the Blosc filter with HDF5
 import numpy as np
 import torch
 from numcodecs import blosc as blosc1
-from tqdm import tqdm
+from numpy.lib.recfunctions import structured_to_unstructured
 
-from configurator import command_line, configure
+from configurator import command_line
 from formats import BOX_DTYPE, CHANNELS, FILES, REPRESENTATION, check_blosc, reading
-from pictures import draw_box_sizes
-
-defaults = {
-    "data_dir": "datasets/toy",  # a prepared data set; also the first word of the command line
-    "split": ("train", "val"),  # of train, val, test
-    "class_names": (),  # names by class id, for data sets without a dataset.json
-    "picture": "out/box_sizes.png",  # histogram of box sizes; empty: none
-}
-
 
 # One micro-batch; T time steps, B slots, N frames with labels.
 #   events (T, B, 20, H, W) uint8 as stored, zeros where a run has ended
@@ -46,7 +37,7 @@ Batch = namedtuple("Batch", "events rows cols is_first frames targets has_boxes"
 # Flip left to right, then zoom. zoom > 1 shows the window with its top-left corner at (x, y) and
 # 1 / zoom of the frame's sides as the whole frame; zoom < 1 shows the whole frame in a window at
 # (x, y) of `zoom` of its sides.
-View = namedtuple("View", "flip zoom x y", defaults=(False, 1.0, 0, 0))
+View = namedtuple("View", "flip zoom x y")
 
 
 @dataclass
@@ -70,47 +61,10 @@ class Augmentation:
 # ------------------------------------------------------------------------- prepared sequences
 
 
-def load_labels(path, length, num_classes):
-    """(times (N,), frames (L,), boxes) of a sequence of `length` frames, as they are stored.
-
-    boxes: for each labelled frame an array of BOX_DTYPE in pixels of the sensor.
-    ValueError: a file is missing or damaged, numbers of entries do not fit, times or indices do not
-    ascend, a field is missing, a class id is not below num_classes (0: any).
-    """
-    folder = path / REPRESENTATION
-    with reading(path):
-        times = np.load(folder / "timestamps_us.npy", allow_pickle=False)
-        frames = np.load(folder / "objframe_idx_2_repr_idx.npy", allow_pickle=False)
-        stored = np.load(path / "labels_v2/labels.npz", allow_pickle=False)
-        labels = stored["labels"]
-        first = stored["objframe_idx_2_label_idx"]  # first label of each labelled frame
-        for name, array, count, end in (
-            ("timestamps_us", times, length, 2**62),
-            ("objframe_idx_2_repr_idx", frames, len(first), length),
-            ("objframe_idx_2_label_idx", first, len(frames), len(labels)),
-        ):
-            ascends = (np.diff(array, prepend=-1, append=end) > 0).all()
-            if not ascends or len(array) != count:
-                raise ValueError(f"{name}: expected {count} integers that ascend below {end}")
-
-        boxes = np.ones(len(labels), BOX_DTYPE)
-        missing = {"track_id", "class_confidence"} - set(labels.dtype.names)  # in older sets
-        for name in set(BOX_DTYPE.names) - missing:
-            boxes[name] = labels[name]
-        if boxes["class_id"].max(initial=0) >= (num_classes or 2**16):
-            raise ValueError(f"class ids from {num_classes} on: name all classes")
-        # labels before the first labelled frame belong to none
-        return times, frames, np.split(boxes, first)[1:]
-
-
 @functools.lru_cache(maxsize=64)  # Gen1 has more sequences than a process may hold files open
 def open_events(path):
-    """Dataset `data` uint8 (N, 20, H, W) of an event file, kept open; ValueError: it is another."""
-    with reading(path):
-        data = h5py.File(path, "r", locking=False)["data"]  # network file systems lack locks
-        if data.dtype != np.uint8 or data.ndim != 4 or data.shape[1] != CHANNELS or 0 in data.shape:
-            raise ValueError(f"{data}: expected uint8 (N, {CHANNELS}, H, W)")
-    return data
+    """Dataset `data`, uint8 (N, 20, H, W), of an event file, kept open."""
+    return h5py.File(path, "r", locking=False)["data"]  # network file systems lack locks
 
 
 def move_boxes(boxes, hw, view):
@@ -118,13 +72,13 @@ def move_boxes(boxes, hw, view):
 
     boxes (n,) BOX_DTYPE in frames of hw (H, W) pixels. They are clipped to their frame, then to
     what is shown of it. As in RVT, right and bottom edges end at the last pixel, W - 1 and H - 1;
-    View(zoom=0.5) is what it does for half-resolution sets, bit for bit.
+    View(False, 0.5, 0, 0) is what it does for half-resolution sets, bit for bit.
     """
     boxes = boxes.copy()
     zoom = view.zoom
     if view.flip:
         boxes["x"] = hw[1] - 1 - boxes["x"] - boxes["w"]
-    for start, extent, size, corner in zip("xy", "wh", (hw[1], hw[0]), (view.x, view.y)):
+    for start, extent, size, corner in zip("xy", "wh", hw[::-1], view[2:]):
         # clip to the frame, or to the window that is zoomed in on
         first = 0
         last = size - 1
@@ -152,37 +106,53 @@ class Sequence:
     read(start, stop, out): event frames.
     Whatever has these plays in TrainData and detect.run: for a format of your own, write such a
     class and name it in open_split. Ours also pickles, for it holds no open file.
-    The half-resolution file is taken where there is one. num_classes: as in open_split.
-    ValueError names what is missing, damaged or does not fit the others.
+    The half-resolution file is taken where there is one.
+    ValueError: a file is missing or damaged, one does not fit the others, a class id is not below
+    num_classes.
     """
 
-    def __init__(self, path, num_classes=0):
+    def __init__(self, path, num_classes=2**16):
         self.path = Path(path)
         self.name = self.path.name
         folder = self.path / REPRESENTATION
 
-        # events
         half = (folder / FILES["half"]).is_file()
         self.file = folder / FILES["half" if half else "full"]
-        if not self.file.is_file():
-            raise ValueError(f"{path}: no events; prepare.py prepares them")
         open_events.cache_clear()  # the file may be another one by now
-        self.length, _, H, W = open_events(self.file).shape
-        self.hw = (H, W)
-        self.read(self.length - 1, self.length)  # a file that was cut off fails here
+        with reading(path):
+            # events
+            data = open_events(self.file)
+            self.length, channels, H, W = data.shape
+            self.hw = (H, W)
+            if data.dtype != np.uint8 or channels != CHANNELS:
+                raise ValueError("expected events of uint8 (N, 20, H, W)")
 
-        # labels, in pixels of the input; frames that keep no box are unlabelled
-        times, frames, boxes = load_labels(self.path, self.length, num_classes)
-        self.timestamps_us = times.astype(np.int64)
-        scale = 2 if half else 1
-        label_frames = []
-        self.boxes = []
-        for frame, seen in zip(frames, boxes):
-            seen = move_boxes(seen, (scale * H, scale * W), View(zoom=1 / scale))
-            if len(seen):
-                label_frames.append(frame)
-                self.boxes.append(seen)
-        self.label_frames = np.array(label_frames, np.int64)
+            # labels as they are stored; np.load takes no pickles
+            self.timestamps_us = np.load(folder / "timestamps_us.npy")
+            frames = np.load(folder / "objframe_idx_2_repr_idx.npy").astype(np.int64)
+            stored = np.load(self.path / "labels_v2/labels.npz")
+            labels = stored["labels"]
+            first = stored["objframe_idx_2_label_idx"]  # first label of each labelled frame
+            if len(self.timestamps_us) != self.length:
+                raise ValueError("expected a time for each frame")
+            for array, end in ((frames, self.length), (first, len(labels))):
+                if not (np.diff(array, prepend=-1, append=end) > 0).all():
+                    raise ValueError("indices of frames or labels do not ascend, or go too far")
+            boxes = np.ones(len(labels), BOX_DTYPE)
+            for name in BOX_DTYPE.names[:6]:  # the others are in no use, and not in each set
+                boxes[name] = labels[name]
+            if (boxes["class_id"] >= num_classes).any():
+                raise ValueError(f"class ids from {num_classes} on: name all classes")
+
+            # in pixels of the input; labels before the first labelled frame belong to none
+            scale = 2 if half else 1
+            boxes = [
+                move_boxes(seen, (scale * H, scale * W), View(False, 1 / scale, 0, 0))
+                for seen in np.split(boxes, first)[1:]
+            ]
+            # a frame that keeps no box is unlabelled
+            self.boxes = [seen for seen in boxes if len(seen)]
+            self.label_frames = frames[[len(seen) > 0 for seen in boxes]]
 
     def read(self, start, stop, out=None):
         """Event frames start to stop, uint8 (stop - start, 20, H, W), or into the first of `out`.
@@ -190,14 +160,13 @@ class Sequence:
         ValueError names the file and the frame that does not decode.
         """
         data = open_events(self.file)
-        blosc = data.filter_ids == (hdf5plugin.BLOSC_ID,)  # then each frame is a chunk
         if out is None:
             out = np.empty((stop - start, *data.shape[1:]), np.uint8)
-        for frame in range(start, stop):  # HDF5 takes 60 times longer for all at once
-            target = out[frame - start]
+        # HDF5 takes 60 times longer for all at once
+        for frame, target in zip(range(start, stop), out):
             with reading(f"{self.file}: frame {frame} does not decode"):
                 skipped = True
-                if blosc:
+                if data.filter_ids == (hdf5plugin.BLOSC_ID,):  # then each frame is a chunk
                     skipped, chunk = data.id.read_direct_chunk((frame, 0, 0, 0))
                 if skipped:  # by the filter, or there is another one
                     target[:] = data[frame]
@@ -207,64 +176,35 @@ class Sequence:
         return out
 
 
-def check_frames(sequence):
-    """Decode every frame; ValueError: one is damaged, or there are labels and hardly any events."""
-    empty = 0
-    for frame in range(sequence.length):
-        if not sequence.read(frame, frame + 1).any():
-            empty += 1
-    if sequence.boxes and empty > 0.9 * sequence.length:
-        raise ValueError(f"{sequence.path}: labelled, but {empty} of {sequence.length} windows "
-                         "hold no events; do events and labels have the same clock?")
+def open_split(data_dir, split, num_classes=2**16):
+    """Sequences of DATA/split by name, each checked but for its event frames.
 
-
-def open_split(data_dir, split, num_classes=0, labelled=False, findings=None):
-    """Sequences of DATA/split by name, each checked and its last frame decoded.
-
-    ValueError: split missing or empty, or without a labelled frame where `labelled`; a sequence
-    damaged, sizes that differ, a class id from num_classes on (0: unchecked). Given a list of
-    `findings`, all frames are checked, these lines go there, and the sequences that are fine come
-    back.
+    ValueError: the split is missing or without a labelled frame; a sequence is damaged, frames
+    differ in size, a class id is not below num_classes.
     """
     folder = Path(data_dir) / split
-    sequences = []
-    found = []
-    paths = sorted(filter(Path.is_dir, folder.glob("[!.]*")))
-    for path in tqdm(paths, split, leave=False, disable=None):
-        try:
-            sequence = Sequence(path, num_classes)
-            if sequences and sequence.hw != sequences[0].hw:
-                raise ValueError(f"{path}: frames of {sequence.hw}, not {sequences[0].hw}")
-            if findings is not None:
-                check_frames(sequence)
-            sequences.append(sequence)
-        except ValueError as error:
-            found.append(str(error))
-    if not paths:
-        found.append(f"{folder}: no such folder, or no sequences in it; prepare.py prepares them")
-    elif labelled and not found and not any(sequence.boxes for sequence in sequences):
-        found.append(f"{folder}: no labelled frames; prepare its recordings with their labels")
-    if findings is not None:
-        findings += found
-    elif found:
-        raise ValueError(f"{found[0]}; python data.py {data_dir} lists what to prepare again")
+    paths = filter(Path.is_dir, folder.glob("[!.]*"))
+    sequences = [Sequence(path, num_classes) for path in sorted(paths)]
+    sizes = {sequence.hw for sequence in sequences}
+    if len(sizes) != 1 or not any(sequence.boxes for sequence in sequences):
+        raise ValueError(f"{folder}: no such folder, no labelled frames, or of several sizes")
     return sequences
 
 
-def load_classes(data_dir, class_names=(), num_classes=0):
+def load_classes(data_dir, class_names, num_classes):
     """Names of the classes: those in DATA/dataset.json, else class_names, else "0", "1", ...
 
     ValueError: none, a damaged file, or not num_classes (0: any number); no such folder.
     """
-    if not Path(data_dir).exists():
-        raise ValueError(f"no such folder: {data_dir}")
     path = Path(data_dir) / "dataset.json"
+    if not path.parent.exists():
+        raise ValueError(f"no such folder: {data_dir}")
     names = class_names or range(num_classes)
     with reading(path):
         if path.is_file():
             names = json.loads(path.read_bytes())["classes"]
-        names = tuple(str(name) for name in names)  # --class_names=30,50 gives numbers
-        if not names or num_classes not in (0, len(names)):
+        names = tuple(map(str, names))  # --class_names=30,50 gives numbers
+        if num_classes not in (0, len(names)):
             raise ValueError(f"{len(names)} class_names, {num_classes=}; wrong data_dir?")
     return names
 
@@ -281,10 +221,9 @@ def draw_view(rng, hw, boxes, augmentation, random):
     zoom = augmentation.zoom_random if random else augmentation.zoom_stream
     flip = rng.random() < augmentation.flip
     if rng.random() >= zoom:
-        return View(flip)
+        return View(flip, 1.0, 0, 0)
     inward = rng.random() < augmentation.zoom_in_share and random
-    furthest = augmentation.zoom_in_max if inward else augmentation.zoom_out_max
-    factor = rng.uniform(1, furthest)
+    factor = rng.uniform(1, augmentation.zoom_in_max if inward else augmentation.zoom_out_max)
     # not rng.integers(n): it takes more or fewer bits as n is, and the chunks of a run differ in n
     _, x, y, w, h, *_ = boxes[int(rng.random() * len(boxes))].tolist()
     if flip:
@@ -293,7 +232,7 @@ def draw_view(rng, hw, boxes, augmentation, random):
     # the corner of the window, along both axes: anywhere, or so that it holds the box; a box
     # that is larger holds the window
     start = np.array((x, y))
-    size = np.array((hw[1], hw[0]))
+    size = np.array(hw[::-1])
     window = (size / factor).astype(int)
     first = 0
     last = size - window
@@ -301,8 +240,8 @@ def draw_view(rng, hw, boxes, augmentation, random):
         reach = np.maximum(window, (w, h))
         first = np.maximum(start + (w, h) - reach, 0)
         last = np.minimum(start + reach, size - 1) - window
-    x, y = rng.uniform(first, np.maximum(first, last)).astype(int).tolist()
-    return View(flip, factor if inward else 1 / factor, x, y)
+    corner = rng.uniform(first, np.maximum(first, last)).astype(int)
+    return View(flip, factor if inward else 1 / factor, *corner.tolist())
 
 
 def index_map(size, corner, zoom, flip):
@@ -329,11 +268,11 @@ def augment(events, rows, cols):
     One gather takes 6.5 ms a frame of 20x360x640 on one core (AVX-512 Xeon, 2026-11), selecting
     rows, then columns 30, RVT's interpolation 7.5.
     """
-    T, B, C, H, W = events.shape
     rows = rows[:, :, None]
     cols = cols[:, None]
-    pixels = (rows * W + cols).clamp(min=0).view(B, 1, H * W)
-    moved = events.flatten(3).gather(3, pixels.expand(T, B, C, H * W)).view_as(events)
+    pixels = (rows * events.shape[4] + cols).clamp(min=0).flatten(1)  # (B, H * W)
+    flat = events.flatten(3)
+    moved = flat.gather(3, pixels[:, None].expand_as(flat)).view_as(events)
     shown = torch.minimum(rows, cols) >= 0  # (B, H, W)
     return moved * shown[:, None]
 
@@ -362,8 +301,8 @@ class Runs:
                 frames = frames[frames >= T - 1]
             starts = np.flatnonzero(np.diff(frames, prepend=-T - 1) > gap)
             for labels in np.split(frames, starts)[1:]:
-                first = max(int(labels[0]) - T + 1, 0)
-                end = int(labels[-1]) + 1
+                first = max(labels[0] - T + 1, 0)
+                end = labels[-1] + 1
                 chunks = range(first, end, T)
                 self.runs.append([(index, first, at, min(at + T, end)) for at in chunks])
         self.length = sum(map(len, self.runs))
@@ -385,18 +324,17 @@ class Runs:
 
 
 def pad_targets(frames):
-    """The boxes of each of N frames -> targets (N, M, 5) float32 as in Batch; no frames: N = 1.
+    """The boxes of each of N frames -> targets (N, M, 5) float32 as in Batch; N > 0.
 
     M is a power of two from 16 on, so that compiled code meets a few sizes only.
     """
     M = 16
-    while M < max(map(len, frames), default=0):
+    while M < max(map(len, frames)):
         M *= 2
-    targets = np.zeros((max(len(frames), 1), M, 5), np.float32)
+    targets = np.zeros((len(frames), M, 5), np.float32)
     for target, boxes in zip(targets, frames):
-        x = boxes["x"] + boxes["w"] / 2
-        y = boxes["y"] + boxes["h"] / 2
-        target[:len(boxes)] = np.stack((boxes["class_id"], x, y, boxes["w"], boxes["h"]), 1)
+        target[:len(boxes)] = structured_to_unstructured(boxes[["class_id", "x", "y", "w", "h"]])
+    targets[..., 1:3] += targets[..., 3:] / 2
     return torch.from_numpy(targets)
 
 
@@ -434,17 +372,16 @@ class TrainData:
         self.pin_memory = pin_memory
 
         # the slots of a micro-batch: streams, then random windows, each numbered among its kind
-        count = batch_size if sampling == "stream" else 0
+        streams = batch_size if sampling == "stream" else 0
         if sampling == "mixed":
             share = mixed_stream / (mixed_stream + mixed_random)
-            count = min(max(round(batch_size * share), 1), batch_size - 1)
-        streams = Runs(sequences, self.T, seed, random=False)
-        self.slots = [(streams, number, count) for number in range(count)]
-        count = batch_size - count
-        windows = Runs(sequences, self.T, seed, random=True)
-        self.slots += [(windows, number, count) for number in range(count)]
-        if not all(runs.length for runs, *_ in self.slots):
-            raise ValueError(f"{sequences[0].path.parent}: no labelled frame for {sampling=}")
+            streams = min(max(round(batch_size * share), 1), batch_size - 1)
+        self.slots = []
+        for random, count in ((False, streams), (True, batch_size - streams)):
+            runs = Runs(sequences, self.T, seed, random)
+            if count and not runs.length:
+                raise ValueError(f"{sampling=}: no labelled frame has sequence_length up to it")
+            self.slots += [(runs, number, count) for number in range(count)]
         self.steps_per_epoch = self.slots[0][0].length
 
         # the micro-batches of a step, over all processes
@@ -463,18 +400,16 @@ class TrainData:
 
     def __getitem__(self, index):
         step, a = divmod(index, self.accumulation)
-        group = self.first_group + a
-        T, B = self.T, len(self.slots)
-        H, W = self.sequences[0].hw
+        hw = self.sequences[0].hw
         # numpy's memory is used again, torch's is paged in from scratch: half the frames/s
-        events = np.empty((T, B, CHANNELS, H, W), np.uint8)
+        events = np.empty((self.T, len(self.slots), CHANNELS, *hw), np.uint8)
         is_first = []
         rows = []
         cols = []
         labels = {}  # boxes by (t, b)
         for b, (runs, number, count) in enumerate(self.slots):
-            chunk, key = runs.place(group * count + number, self.groups * count, step)
-            which, run, start, end = chunk
+            slot = (self.first_group + a) * count + number
+            (which, run, start, end), key = runs.place(slot, self.groups * count, step)
             sequence = self.sequences[which]
             is_first.append(run == start)
 
@@ -487,29 +422,33 @@ class TrainData:
             # flip and zoom, constant along a run
             first, last = np.searchsorted(sequence.label_frames, (start, end))
             boxes = sequence.boxes[first:last]
-            rng = np.random.default_rng(key)
-            view = draw_view(rng, (H, W), boxes[-1], self.augmentation, runs.random)
-            rows.append(index_map(H, view.y, view.zoom, False))
-            cols.append(index_map(W, view.x, view.zoom, view.flip))
+            view = draw_view(
+                np.random.default_rng(key), hw, boxes[-1], self.augmentation, runs.random
+            )
+            rows.append(index_map(hw[0], view.y, view.zoom, False))
+            cols.append(index_map(hw[1], view.x, view.zoom, view.flip))
 
             # boxes
             for frame, seen in zip(sequence.label_frames[first:last], boxes):
-                seen = move_boxes(seen, (H, W), view)
+                seen = move_boxes(seen, hw, view)
                 if len(seen):
                     labels[frame - start, b] = seen
 
-        frames = torch.zeros(T, B, dtype=torch.bool)
-        for t, b in labels or [(0, 0)]:
-            frames[t, b] = True
+        has_boxes = bool(labels)
+        if not has_boxes:
+            labels[0, 0] = seen  # a filler, empty as all are
+        frames = torch.zeros(events.shape[:2], dtype=torch.bool)
+        for place in labels:
+            frames[place] = True
         targets = pad_targets([labels[place] for place in sorted(labels)])
         events = torch.from_numpy(events)
         if self.pin_memory:
             events = events.pin_memory()
         return Batch(events, torch.stack(rows), torch.stack(cols), torch.tensor(is_first), frames,
-                     targets, bool(labels))
+                     targets, has_boxes)
 
 
-def make_loader(item, start=0, num_workers=0):
+def make_loader(item, start, num_workers):
     """Endless iterator over item(start), item(start + 1), ..., in order.
 
     `num_workers` threads work ahead of it; 0: a thread works on an item when it is asked for.
@@ -517,58 +456,44 @@ def make_loader(item, start=0, num_workers=0):
     batch is copied from one process to another: 4.6 MB a frame of 20x360x640 take longer than
     decoding it (2 cores, 2026-11).
     """
-    pool = ThreadPoolExecutor(max(num_workers, 1))
-    ahead = deque()
-    try:
+    ahead = []
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         for k in itertools.count(start):
             ahead.append(pool.submit(item, k))
             if len(ahead) > 2 * num_workers:
-                yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+                yield ahead.pop(0).result()
 
 
 # --------------------------------------------------------------------------------- inspection
 
 
-def all_boxes(sequences):
-    """Boxes (n,) BOX_DTYPE of all labelled frames of `sequences`."""
-    boxes = [np.zeros(0, BOX_DTYPE)]
-    for sequence in sequences:
-        boxes += sequence.boxes
-    return np.concatenate(boxes)
-
-
 def main(argv):
-    """Print what a data set holds and draw its box sizes; ValueError if training would fail."""
-    if argv and not argv[0].startswith("--"):
-        argv = ["--data_dir", *argv]
-    config = configure(defaults, argv)
-    root = Path(config["data_dir"])
-    # in a set that names no classes each id is fine
-    names = load_classes(root, config["class_names"] or [""] * 2**16)
-    findings = []
-    sides = {}
-    for split in config["split"]:
-        sequences = open_split(root, split, len(names), labelled=True, findings=findings)
-        labelled = sum(len(sequence.boxes) for sequence in sequences)
-        boxes = all_boxes(sequences)
-        sides[split] = np.sqrt(boxes["w"] * boxes["h"])
-        print(f"{split}: {len(sequences)} sequences, {labelled} labelled frames")
-        for k in np.unique(boxes["class_id"]):
-            chosen = sides[split][boxes["class_id"] == k]
-            size = np.median(chosen)
-            print(f"{len(chosen):8} boxes of class {k} {names[k]}, median side {size:.0f} pixels")
+    """Decode all frames of a data set and count its boxes; ValueError if training would fail.
 
+    argv: its folder, then splits, else train and val.
+    """
+    data_dir, *splits = argv or ["datasets/toy"]
+    findings = []
+    for split in splits or ("train", "val"):
+        boxes = []
+        try:
+            for sequence in open_split(data_dir, split):
+                boxes += sequence.boxes
+                try:
+                    filled = [sequence.read(k, k + 1).any() for k in range(sequence.length)]
+                    if sequence.boxes and np.mean(filled) < 0.1:
+                        raise ValueError(f"{sequence.path}: labelled, but hardly any window holds "
+                                         "events; do events and labels have the same clock?")
+                except ValueError as error:
+                    findings.append(error)
+            counts = np.bincount(np.concatenate(boxes)["class_id"])
+            print(f"{split}: {len(boxes)} labelled frames, boxes by class: {counts}")
+        except ValueError as error:
+            findings.append(error)
     for finding in findings:
         print(f"FINDING: {finding}")
     if findings:
-        raise ValueError(f"{root}: training would fail, findings: {len(findings)}")
-    if config["picture"]:
-        try:
-            draw_box_sizes(config["picture"], sides)
-        except OSError as error:
-            print(f"WARNING: no picture of box sizes: {error}")
+        raise ValueError("training would fail on these findings")
 
 
 if __name__ == "__main__":

@@ -252,8 +252,8 @@ class Run:
 
         # data
         self.names = data.load_classes(config.data_dir, config.class_names, config.num_classes)
-        train_set = data.open_split(config.data_dir, "train", len(self.names), labelled=True)
-        self.val_set = data.open_split(config.data_dir, "val", len(self.names), labelled=True)
+        train_set = data.open_split(config.data_dir, "train", len(self.names))
+        self.val_set = data.open_split(config.data_dir, "val", len(self.names))
         self.hw = train_set[0].hw
         if self.val_set[0].hw != self.hw:
             raise ValueError(f"{config.data_dir}: {self.val_set[0].hw} in val, {self.hw} in train")
