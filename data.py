@@ -4,7 +4,7 @@ In: DATA/{train,val,test}/SEQUENCE as prepare.py or RVT's preprocessing writes t
 Out: Sequence, Batch. As a script it inspects a data set with the code that training reads it with,
 decodes every frame and prints what training would fail on as FINDING (exit status 1).
 
-    python data.py datasets/toy           # train and val, or those named: datasets/toy test
+    python data.py datasets/toy --split=test
 """
 
 import functools
@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from numcodecs import blosc as blosc1
 from numpy.lib.recfunctions import structured_to_unstructured
+from tqdm import tqdm
 
-from configurator import command_line
+from configurator import command_line, configure
 from formats import BOX_DTYPE, CHANNELS, FILES, REPRESENTATION, check_blosc, reading
+from pictures import draw_box_sizes
 
 # One micro-batch; T time steps, B slots, N frames with labels.
 #   events (T, B, 20, H, W) uint8 as stored, zeros where a run has ended
@@ -183,11 +185,15 @@ def open_split(data_dir, split, num_classes=2**16):
     differ in size, a class id is not below num_classes.
     """
     folder = Path(data_dir) / split
-    paths = filter(Path.is_dir, folder.glob("[!.]*"))
-    sequences = [Sequence(path, num_classes) for path in sorted(paths)]
-    sizes = {sequence.hw for sequence in sequences}
-    if len(sizes) != 1 or not any(sequence.boxes for sequence in sequences):
-        raise ValueError(f"{folder}: no such folder, no labelled frames, or of several sizes")
+    if not folder.is_dir():
+        raise ValueError(f"no such folder: {folder}; prepare.py makes it")
+    paths = sorted(filter(Path.is_dir, folder.glob("[!.]*")))
+    sequences = [Sequence(path, num_classes) for path in tqdm(paths, split, leave=False)]
+    if not any(sequence.boxes for sequence in sequences):
+        raise ValueError(f"{folder}: no labelled frames; prepare its recordings with their labels")
+    for sequence in sequences:
+        if sequence.hw != sequences[0].hw:
+            raise ValueError(f"{sequence.path}: frames of {sequence.hw}, not {sequences[0].hw}")
     return sequences
 
 
@@ -204,7 +210,7 @@ def load_classes(data_dir, class_names, num_classes):
         if path.is_file():
             names = json.loads(path.read_bytes())["classes"]
         names = tuple(map(str, names))  # --class_names=30,50 gives numbers
-        if num_classes not in (0, len(names)):
+        if not names or num_classes not in (0, len(names)):
             raise ValueError(f"{len(names)} class_names, {num_classes=}; wrong data_dir?")
     return names
 
@@ -467,33 +473,59 @@ def make_loader(item, start, num_workers):
 # --------------------------------------------------------------------------------- inspection
 
 
-def main(argv):
-    """Decode all frames of a data set and count its boxes; ValueError if training would fail.
+defaults = {
+    "data_dir": "datasets/toy",  # also the first word of the command line
+    "split": ("train", "val"),  # of train, val, test
+    "class_names": (),  # by class id, for a set without dataset.json
+    "picture": "out/box_sizes.png",  # histogram of box sizes; empty: none
+}
 
-    argv: its folder, then splits, else train and val.
-    """
-    data_dir, *splits = argv or ["datasets/toy"]
+
+def check_events(sequence):
+    """Decode every frame. ValueError: one is damaged, or most are empty although there are boxes."""
+    filled = [sequence.read(k, k + 1).any() for k in range(sequence.length)]
+    if sequence.boxes and np.mean(filled) < 0.1:
+        raise ValueError(f"{sequence.path}: labelled, but hardly any window holds events; are events"
+                         " and labels of one clock?")
+
+
+def main(argv):
+    """Count what a data set holds, draw its box sizes; ValueError if training would fail."""
+    if argv and not argv[0].startswith("--"):
+        argv = ["--data_dir", *argv]
+    config = configure(defaults, argv)
+    names = load_classes(config["data_dir"], config["class_names"] or range(2**16), 0)
     findings = []
-    for split in splits or ("train", "val"):
-        boxes = []
+    sides = {}
+    for split in config["split"]:
         try:
-            for sequence in open_split(data_dir, split):
-                boxes += sequence.boxes
-                try:
-                    filled = [sequence.read(k, k + 1).any() for k in range(sequence.length)]
-                    if sequence.boxes and np.mean(filled) < 0.1:
-                        raise ValueError(f"{sequence.path}: labelled, but hardly any window holds "
-                                         "events; do events and labels have the same clock?")
-                except ValueError as error:
-                    findings.append(error)
-            counts = np.bincount(np.concatenate(boxes)["class_id"])
-            print(f"{split}: {len(boxes)} labelled frames, boxes by class: {counts}")
+            sequences = open_split(config["data_dir"], split, len(names))
         except ValueError as error:
             findings.append(error)
+            continue
+        boxes = []
+        for sequence in tqdm(sequences, split, unit="sequence"):
+            boxes += sequence.boxes
+            try:
+                check_events(sequence)
+            except ValueError as error:
+                findings.append(error)
+        print(f"{split}: {len(sequences)} sequences, {len(boxes)} labelled frames")
+        boxes = np.concatenate(boxes)
+        sides[split] = np.sqrt(boxes["w"] * boxes["h"])
+        for k in np.unique(boxes["class_id"]):
+            chosen = sides[split][boxes["class_id"] == k]
+            print(f"{len(chosen):8} boxes of {names[k]}, median side {np.median(chosen):.0f} px")
+
     for finding in findings:
         print(f"FINDING: {finding}")
     if findings:
-        raise ValueError("training would fail on these findings")
+        raise ValueError(f"training would fail, findings: {len(findings)}")
+    if config["picture"]:
+        try:
+            draw_box_sizes(config["picture"], sides)
+        except ValueError as error:
+            print(f"WARNING: no picture of box sizes: {error}")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ class SizeAware:
 
     size_aware_loss: bool = False       # on or off
     size_aware_weight: float = 2.0      # of the smallest boxes, 1 or more
-    small_threshold: float = 1024.0     # area in input pixels^2; 0: a tercile of the data set's
-    medium_threshold: float = 9216.0    # area in input pixels^2; 0: a tercile of the data set's
+    small_threshold: float = 1024.0     # area in input pixels^2
+    medium_threshold: float = 9216.0    # area in input pixels^2
     weight_type: str = "exponential"    # exponential | linear | step
     size_aware_terms: tuple = ("iou",)  # what is weighted: iou, cls (a focal class term), or both
 
@@ -59,11 +59,10 @@ class SizeAware:
             )
         if self.size_aware_weight < 1:
             raise ValueError(f"size_aware_weight={self.size_aware_weight}: below 1")
-        small, medium = self.small_threshold, self.medium_threshold
-        if min(small, medium) < 0 or 0 < medium <= small:
+        if not 0 < self.small_threshold < self.medium_threshold:
             raise ValueError(
-                f"small_threshold={small:g}, medium_threshold={medium:g}: expected areas, the small"
-                " one below the medium one; 0 is a tercile of the data set's"
+                f"small_threshold={self.small_threshold}, medium_threshold={self.medium_threshold}"
+                ": expected two areas, the first the smaller one"
             )
 
     def weights(self, area):

@@ -16,17 +16,18 @@ import data
 from conftest import (
     BLOSC,
     BOX,
-    MemorySequence,
     make_boxes,
     make_set,
     plan,
     same_batch,
     shared,
     shown,
+    tiny_detector,
     write_sequence,
 )
 from data import Augmentation, TrainData, View, augment, index_map, move_boxes, open_split
 from formats import BOX_DTYPE
+from loss import detection_loss
 
 UNMOVED = Augmentation(flip=0.0, zoom_stream=0.0, zoom_random=0.0)
 SAME_VIEW = View(False, 1.0, 0, 0)
@@ -367,6 +368,18 @@ def test_train_data_makes_a_filler_where_a_zoom_empties_all_frames(tmp_path):
     assert plan(sequences, augmentation=UNMOVED)[0].has_boxes
 
 
+def train_on(batch):
+    """The loss of a tiny detector on a batch, and whether a step then changed its weights."""
+    model = tiny_detector(input_hw=tuple(batch.events.shape[-2:])).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = model.heads[0].obj_pred.bias.clone()
+    events = data.augment(batch.events, batch.rows, batch.cols)
+    loss = detection_loss(model(events, None, batch.frames)[0], batch.targets)["loss"]
+    loss.backward()
+    optimizer.step()
+    return loss.item(), not torch.equal(before, model.heads[0].obj_pred.bias)
+
+
 def test_train_data_change_events_draws_once_a_run_or_in_each_chunk(toy_set):
     class Noisy(TrainData):
         def change_events(self, events, seed, start):
@@ -384,13 +397,24 @@ def test_train_data_change_events_draws_once_a_run_or_in_each_chunk(toy_set):
         assert 0.8 < (got > 0).sum() / (events > 0).sum() < 1.0
         assert same_batch(noisy[step], noisy[step])
     assert 0 < sum(flips) < 9
+    loss, changed = train_on(noisy[0])
+    assert changed and loss != train_on(plain[0])[0]
 
 
-def test_train_data_plays_a_format_of_ones_own():
-    sequence = MemorySequence("a", 12, (3, 7, 8))
-    batch = plan([sequence], augmentation=UNMOVED)[0]
-    assert np.array_equal(batch.events[:, 0], sequence.data[:4])
+def test_train_data_plays_a_format_of_ones_own(toy_set):
+    class InMemory:
+        path, name, hw, length = Path("set/train/a"), "a", (24, 32), 12
+        label_frames = np.array([3, 7, 8])
+        boxes = [make_boxes([(0, 5, 4, 10, 8, 1)])] * 3
+        frames = np.random.default_rng(0).poisson(0.1, (12, 20, 24, 32)).astype(np.uint8)
+
+        def read(self, start, stop, out):
+            out[:stop - start] = self.frames[start:stop]
+
+    batch = plan([InMemory()], augmentation=UNMOVED)[0]
+    assert np.array_equal(batch.events[:, 0], InMemory.frames[:4])
     assert batch.frames[:, 0].tolist() == [False, False, False, True]
+    assert train_on(batch)[1]
 
 
 @pytest.mark.parametrize("workers, start", [(0, 5), (3, 5), (0, 7), (2, 8)])
@@ -407,13 +431,19 @@ def test_make_loader_is_the_same_for_any_number_of_workers_and_any_start(toy_set
 # ---- inspection
 
 
-def test_data_main_counts_what_a_set_holds(tmp_path, capsys):
+def test_data_main_counts_and_draws_what_a_set_holds(tmp_path, capsys):
     make_set(tmp_path, [[1, 3], [5]], length=10)
     make_set(tmp_path, [[2]], "val", length=10)
-    write_sequence(tmp_path / "train" / "z", {0: [(0, 0, 62, 46, 0), (-9, 0, 20, 20, 1)]}, 10)
-    data.main([str(tmp_path)])
-    train, val = capsys.readouterr().out.splitlines()
-    assert train == "train: 4 labelled frames, boxes by class: [1 4]"
-    assert val == "val: 1 labelled frames, boxes by class: [0 1]"
-    data.main([str(tmp_path), "val"])
-    assert capsys.readouterr().out.splitlines() == [val]
+    data.main([str(tmp_path), "--class_names=car,bike", f"--picture={tmp_path}/sizes.png"])
+    train, boxes, val, _ = capsys.readouterr().out.splitlines()
+    assert train == "train: 2 sequences, 3 labelled frames"
+    assert boxes.split() == ["3", "boxes", "of", "bike,", "median", "side", "9", "px"]
+    assert val == "val: 1 sequences, 1 labelled frames"
+    assert (tmp_path / "sizes.png").stat().st_size > 1000
+
+
+def test_data_main_warns_where_its_picture_cannot_be_written(tmp_path, capsys):
+    make_set(tmp_path, [[1]], length=3)
+    (tmp_path / "file").touch()
+    data.main([str(tmp_path), "--split=train", f"--picture={tmp_path}/file/sizes.png"])
+    assert "WARNING: no picture" in capsys.readouterr().out

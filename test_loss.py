@@ -38,7 +38,6 @@ def test_size_aware_names_what_cannot_work(wrong):
     [(key, value)] = wrong.items()
     with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}")):
         SizeAware(**wrong)
-    SizeAware(small_threshold=0.0, medium_threshold=0.0)  # the data will tell
 
 
 def test_size_weights_of_ones_own_train(traffic, tmp_path, monkeypatch):

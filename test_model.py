@@ -327,7 +327,7 @@ def test_detector_and_loss_compile_to_one_graph_for_any_number_of_frames(changes
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     events = random_events(2, 2, 20, 48, 64)
     state = detector.initial_state(2)
-    size_aware = SizeAware("exponential", 2.0, 256, 1024, ("iou", "cls"))
+    size_aware = SizeAware(True, 2.0, 256, 1024, "exponential", ("iou", "cls"))
 
     def step(detector, index, targets):
         prediction, _ = detector(events, state, index)

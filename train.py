@@ -88,8 +88,8 @@ CLIP = {"value": torch.nn.utils.clip_grad_value_, "norm": torch.nn.utils.clip_gr
 CHOICES = {
     "sampling": ("stream", "random", "mixed"),
     "grad_clip_by": CLIP,
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 COUNTS = ("sequence_length", "batch_size", "gradient_accumulation_steps", "eval_batch_size",
           "max_steps", "log_interval", "eval_interval", "checkpoint_interval", "max_bad_steps")
 # what a slot plays depends on these
@@ -140,7 +140,9 @@ def reuse_memory():
 
 
 def resolve_device(config):
-    """(device, dtype) that config's "auto" stands for; ValueError where there is no such device."""
+    """(device, dtype) that config's "auto" stands for; ValueError where there are no such."""
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype={config.dtype!r}: expected {' or '.join(DTYPES)}")
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
