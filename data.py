@@ -482,11 +482,11 @@ defaults = {
 
 
 def check_events(sequence):
-    """Decode every frame. ValueError: one is damaged, or most are empty although there are boxes."""
+    """Decode every frame. ValueError: one is damaged, or most are empty in spite of boxes."""
     filled = [sequence.read(k, k + 1).any() for k in range(sequence.length)]
     if sequence.boxes and np.mean(filled) < 0.1:
-        raise ValueError(f"{sequence.path}: labelled, but hardly any window holds events; are events"
-                         " and labels of one clock?")
+        raise ValueError(f"{sequence.path}: labelled, but hardly any window holds events; "
+                         "do events and labels have the same clock?")
 
 
 def main(argv):
