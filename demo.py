@@ -1,8 +1,8 @@
 """A checkpoint and a recording -> an annotated video, and the detections as a file.
 
-In: a checkpoint and a recording of any format that prepare.py reads, or a prepared sequence's folder; it is streamed in
-windows of 50 ms, state carried, in memory that grows by the detections only. Out: a GIF or an mp4 (imageio-ffmpeg),
-and with --boxes the detections in Prophesee's box format.
+In: a checkpoint and a recording of any format that prepare.py reads, or a prepared sequence's
+folder; it is streamed in windows of 50 ms, state carried, in memory that grows by the detections
+only. Out: a GIF or an mp4 (imageio-ffmpeg), and with --boxes the detections in Prophesee's format.
 
     python demo.py --ckpt out/ckpt.pt --recording drive.raw --out drive.gif --boxes drive_bbox.npy
 """
@@ -27,7 +27,7 @@ from train import resolve_device
 
 defaults = {
     "ckpt": "out/ckpt.pt",  # of train.py or RVT
-    "recording": "",        # .h5 .hdf5 .dat .raw .evt2 .evt3 ..., or the folder of a prepared sequence
+    "recording": "",        # .h5 .dat .raw .evt2 .evt3 ..., or a prepared sequence's folder
     "out": "out/demo.gif",  # video in real time, .gif or .mp4
     "boxes": "",            # .npy for the detections, in pixels of the sensor; empty: none
     "confidence": 0.3,      # least p_obj * p_cls, the score in video and file
@@ -40,22 +40,23 @@ defaults = {
 
 
 def open_frames(path, input_hw, height=0, width=0):
-    """(scale, iterator of (time in us, frame uint8 (20, H, W))) of a recording.
+    """(scale, iterator of (time in us, frame (20, H, W))) of a recording or a prepared sequence.
 
-    path: a recording, or the folder of a prepared sequence. A recording about twice as wide as input_hw, the detector's
-    input, is read at half resolution, as in training: then scale is 2, pixels of the sensor for one of the frame.
+    A recording about twice as wide as input_hw, the detector's input, is read at half resolution,
+    as in training: then scale is 2, pixels of the sensor for one of the frame.
     """
     if Path(path).is_dir():
         sequence = Sequence(path)
         frames = (sequence.read(k, k + 1)[0] for k in range(sequence.length))
         return 1, zip(sequence.timestamps_us.tolist(), frames)
+
     recording = Recording(path, height, width)
+    H, W = recording.height, recording.width
     scale = 1
     downsample = "none"
-    if recording.width >= 1.5 * input_hw[1]:
+    if W >= 1.5 * input_hw[1]:
         scale = 2
         downsample = "nearest"
-    H, W = recording.height, recording.width
     frames = (
         (recording.first_us + k * WINDOW_US, histogram(*events, H, W, downsample))
         for k, events in enumerate(windows(recording), 1)
@@ -64,9 +65,9 @@ def open_frames(path, input_hw, height=0, width=0):
 
 
 def write_gif(path, size):
-    """Generator that writes each picture sent to it (bytes, RGB) at once, as imageio_ffmpeg.write_frames does.
+    """Generator that writes each picture sent to it, the bytes of its RGB, as write_mp4 does.
 
-    Image.save would keep all of them in memory until the last one.
+    Each goes to the file at once: Image.save would keep all in memory until the last.
     """
     with open(path, "wb") as file:
         blank = Image.new("P", size)
@@ -75,12 +76,14 @@ def write_gif(path, size):
             while True:
                 picture = Image.frombytes("RGB", size, (yield))
                 picture = picture.quantize(method=Image.Quantize.FASTOCTREE)
-                file.writelines(GifImagePlugin.getdata(picture, duration=50, include_color_table=True))
+                data = GifImagePlugin.getdata(picture, duration=50, include_color_table=True)
+                file.writelines(data)
         finally:
             file.write(b";")
 
 
 def write_mp4(path, size):
+    """Generator that writes each picture sent to it. ValueError without imageio-ffmpeg."""
     with reading("mp4 needs: pip install imageio-ffmpeg"):
         import imageio_ffmpeg
     return imageio_ffmpeg.write_frames(str(path), size, fps=20, macro_block_size=2)
@@ -91,13 +94,15 @@ def main(argv):
     out = Path(config.out)
     writers = {".gif": write_gif, ".mp4": write_mp4}
     if not config.recording or out.suffix not in writers or config.boxes[-4:] not in ("", ".npy"):
-        raise ValueError("expected --recording=FILE, --out=FILE.gif or FILE.mp4, and perhaps --boxes=FILE.npy")
+        raise ValueError(
+            "expected --recording=FILE, --out=FILE.gif or FILE.mp4, and perhaps --boxes=FILE.npy"
+        )
 
     # the detector, for frames of the recording's size
     device, dtype = resolve_device(config)
     saved = read_checkpoint(config.ckpt)
-    trained_hw = saved.get("model_config", {}).get("input_hw", (360, 640))  # RVT's do not tell
-    scale, frames = open_frames(config.recording, trained_hw, config.height, config.width)
+    input_hw = saved.get("model_config", {}).get("input_hw", (360, 640))  # RVT's do not tell
+    scale, frames = open_frames(config.recording, input_hw, config.height, config.width)
     first = next(frames, None)
     if first is None:
         raise ValueError(f"{config.recording}: no events in it")
@@ -114,7 +119,8 @@ def main(argv):
     try:
         with closing(writers[out.suffix](part, size)) as video:
             next(video)
-            for t_us, frame in tqdm(itertools.chain([first], frames), "detecting", unit=" frames"):
+            stream = itertools.chain([first], frames)
+            for t_us, frame in tqdm(stream, "detecting", unit=" frames"):
                 boxes = detector(frame, t_us)
                 video.send(draw(frame, boxes, names).tobytes())
                 for name in "xywh":

@@ -1,7 +1,7 @@
 """All drawing: event frames with boxes, training curves, the report's charts and frames, box sizes.
 
-In: frames, boxes, the rows of a log, a report. Out: a Pillow image (draw) or a PNG file (the others), whole or not at
-all. train.py, eval.py, data.py and demo.py call it.
+In: frames, boxes, the rows of a log, a report. Out: a Pillow image (draw) or a PNG file (the
+others), whole or not at all. train.py, eval.py, data.py and demo.py call it.
 
     from pictures import draw; draw(frame, boxes, class_names).save("frame.png")
 """
@@ -22,8 +22,9 @@ EVENTS = ((90, 150, 255), (255, 140, 40))  # colours of negative and of positive
 # ---- event frames
 
 def outline(image, scale, box, colour, text=""):
-    """Draw a box, given in pixels of the frame, and a text above it on a frame enlarged by `scale`."""
-    x, y, w, h = np.nan_to_num([box[name] for name in "xywh"]) * scale
+    """Draw a box and a text above it; `image` is a frame enlarged by `scale`, box in its pixels."""
+    enlarged = np.multiply([box[name] for name in "xywh"], scale)
+    x, y, w, h = np.nan_to_num(enlarged)
     # what lies outside moves to the border
     edges = np.clip([x, y, x + w, y + h], 0, max(image.size) - 1).tolist()
     canvas = ImageDraw.Draw(image)
@@ -33,12 +34,15 @@ def outline(image, scale, box, colour, text=""):
 
 
 def draw(events, detections, class_names, truth=()):
-    """Picture (PIL, RGB) of a frame: negative events blue, positive orange, detections in class colours, labels white.
+    """Picture (PIL, RGB) of a frame with boxes.
 
-    events (20, H, W) uint8; detections, truth: boxes in its pixels. Small frames are enlarged, to 480 px at least.
+    events (20, H, W) uint8: negative ones are blue, positive ones orange. detections are drawn in
+    class colours with their scores, truth (labels) in white, both boxes in pixels of the frame.
+    Small frames are enlarged by a whole number, to 480 px at least.
     """
     counts = reduce(events, "(polarity bin) h w -> h w polarity", "sum", polarity=2)
-    share = counts / counts.sum(2, keepdims=True).clip(4)  # four events of a pixel give the full colour
+    # four events of a pixel give the full colour, those of both kinds a mixture
+    share = counts / counts.sum(2, keepdims=True).clip(4)
     pixels = (share @ EVENTS).astype(np.uint8)  # (H, W, 3)
     scale = -(-480 // events.shape[2])
     image = Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
@@ -46,7 +50,7 @@ def draw(events, detections, class_names, truth=()):
         outline(image, scale, box, "white")
     for box in detections:
         k = box["class_id"]
-        colour = f"hsl({137 * k % 360}, 80%, 70%)"  # by the golden angle: different for any number of classes
+        colour = f"hsl({137 * k % 360}, 80%, 70%)"  # golden angle: far apart for any classes
         text = f"{class_names[k]} {box['class_confidence']:.2f}"
         outline(image, scale, box, colour, text)
     return image
@@ -80,10 +84,11 @@ def centred(boxes):
 
 
 def confusion(labels, detections, K, confidence):
-    """Counts (F, K + 1, K + 1) in each frame of labelled class (rows) against detected class; K is background.
+    """Counts (F, K + 1, K + 1) in each frame of labelled class (rows) against detected class.
 
-    Detections with p_obj * p_cls >= confidence choose in turn, best first: each the label, of any class and not chosen
-    yet, that it overlaps most, if their IoU is 0.5 or more, else the background. Labels that none chooses are missed.
+    Class K is the background. Detections with p_obj * p_cls >= confidence choose in turn, best
+    first: each the label, of any class and not chosen yet, that it overlaps most, if their IoU is
+    0.5 or more, else the background. Labels that none chooses are missed.
     """
     counts = np.zeros((len(labels), K + 1, K + 1), int)
     for count, truth, found in zip(counts, labels, detections):
@@ -103,7 +108,7 @@ def confusion(labels, detections, K, confidence):
 
 
 def draw_precision_recall(axes, curves):
-    """A line for each class; curves: {name: precision at equal steps of recall from 0 to 1}."""
+    """A line for each class; curves: {name: precision at even steps of recall from 0 to 1}."""
     for name, precision in curves.items():
         recall = np.linspace(0, 1, len(precision))
         axes.plot(recall, precision, label=name)
@@ -141,8 +146,8 @@ def draw_ap_by_size(axes, row, sizes):
 def pictures(path, report, sequences, labels, detections, class_names, confidence=0.3):
     """Write precision-recall, confusion and AP by size, then some frames, as one picture.
 
-    report: as eval.py makes it; labels, detections: boxes of each labelled frame of `sequences`, in their order.
-    Confusion and frames show detections with p_obj * p_cls >= confidence.
+    report: as eval.py makes it; labels, detections: boxes of each labelled frame of `sequences`,
+    in their order. Confusion and frames show detections with p_obj * p_cls >= confidence.
     """
     figure = Figure((19, 19), layout="constrained")
     left, middle, right, *places = figure.subplots(4, 3).flat

@@ -29,15 +29,12 @@ def size_of(path):
 
 def test_draw_shows_polarities_boxes_and_labels():
     events = np.zeros((20, 48, 480), np.uint8)
-    events[0, 40, 5] = 9
-    events[15, 40, 6] = 9
+    events[[0, 15], 40, [5, 6]] = 9
     found = some_boxes(0, [(200, 20, 30, 15)], 1, 0.5)
     image = np.asarray(draw(events, found, NAMES, some_boxes(0, [(300, 20, 30, 15)])))
-    assert image.shape == (48, 480, 3)
-    assert image[40, 5].tolist() == list(pictures.EVENTS[0])
-    assert image[40, 6].tolist() == list(pictures.EVENTS[1])
+    assert image[40, 5:7].tolist() == [list(colour) for colour in pictures.EVENTS]
     assert (image[20, 310] == 255).all()  # a label, white
-    assert 0 < image[35, 210].max() > image[35, 210].min()  # a detection, coloured
+    assert image[35, 210].max() > image[35, 210].min()  # a detection, coloured
 
 
 def test_draw_enlarges_small_frames_by_a_whole_number():
@@ -45,18 +42,18 @@ def test_draw_enlarges_small_frames_by_a_whole_number():
     assert draw(np.zeros((20, 360, 640), np.uint8), (), NAMES).size == (640, 360)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, -1e30])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, -1e30])
 def test_draw_of_boxes_that_are_no_numbers_or_lie_far_outside(value):
-    boxes = some_boxes(0, [(value, 3, 10, 10), (3, value, 10, 10), (3, 3, abs(value), 10)], 1, 0.5)
-    draw(np.zeros((20, 32, 100), np.uint8), boxes, NAMES, boxes)
+    places = [(value, 3, 10, 10), (3, value, 10, 10), (3, 3, abs(value), 10)]
+    boxes = some_boxes(0, places, 1, 0.5)
+    assert draw(np.zeros((20, 32, 100), np.uint8), boxes, NAMES, boxes).size == (500, 160)
 
 
 def test_draw_curves_of_every_column_and_of_fields_that_are_empty(tmp_path):
-    rows = [{"step": 1, "loss": 3.0, "AP": "", "mine": 1.0}, {"step": 2, "loss": 2.0, "AP": 0.1, "mine": 2.0}]
-    pictures.draw_curves(tmp_path / "new" / "curves.png", rows)
-    assert min(size_of(tmp_path / "new" / "curves.png")) > 300
-    pictures.draw_curves(tmp_path / "first.png", rows[:1])
-    assert (tmp_path / "first.png").exists()
+    rows = [{"step": 1, "loss": 3.0, "AP": ""}, {"step": 2, "loss": 2.0, "AP": 0.1}]
+    for k in (1, 2):
+        pictures.draw_curves(tmp_path / "new" / "curves.png", rows[:k])
+        assert min(size_of(tmp_path / "new" / "curves.png")) > 300
 
 
 def test_confusion_by_hand():
@@ -66,7 +63,8 @@ def test_confusion_by_hand():
     counts = confusion([truth], [found], 2, 0.3)
     # columns: as 0, as 1, missed; the second detection of a label is one of the background
     assert counts.tolist() == [[[1, 0, 0], [1, 0, 1], [0, 2, 0]]]
-    assert (confusion([truth], [found[::-1]], 2, 0.3) == counts).all()  # best first, whatever the order
+    again = confusion([truth], [found[::-1]], 2, 0.3)
+    assert (again == counts).all()  # best first, whatever the order
 
 
 def test_confusion_of_frames_without_labels_or_detections():
