@@ -127,13 +127,15 @@ def candidate_anchors(grid, targets):
     on_level = grid[:, 2:] == stride  # (L, A, 1)
     size = torch.where(on_level, grid[:, :2] + 1, 0).amax(1, keepdim=True)  # (L, 1, 2)
 
-    # the cells around each box centre: those in the frame, and those of them that are near enough
+    # the cells around each box centre: those in the frame, and of these the ones near enough
     middle = targets[:, :, None, None, 1:3]  # (N, M, 1, 1, 2)
     cell = (middle / stride).floor() + around  # (N, M, L, 9, 2)
     centre = (cell + 0.5) * stride
     reach = 1.5 * stride
-    inside = ((cell >= 0) & (cell < size)).all(-1) & is_box(targets)[..., None, None]
-    near = inside & ((centre > middle - reach) & (centre < middle + reach)).all(-1)
+    inside = (cell >= 0) & (cell < size)
+    inside = inside.all(-1) & is_box(targets)[..., None, None]  # (N, M, L, 9)
+    near = (centre > middle - reach) & (centre < middle + reach)
+    near = inside & near.all(-1)
     anchor = first + (cell[..., 0] + cell[..., 1] * size[..., 0]).long()  # (N, M, L, 9)
 
     # one list for all boxes of a frame, in which A stands for none
@@ -142,12 +144,13 @@ def candidate_anchors(grid, targets):
         # crowded: each anchor once, and no more of a level than it has, a quarter of the one before
         repeated = F.pad(listed[:, 1:] == listed[:, :-1], (1, 0))
         listed = torch.where(repeated, A, listed).sort(dim=1).values
-        M = targets.shape[1]
-        most = sum(min(9 * M, 3 * A // (4**n - 1)) for n in range(1, LEVELS + 1))
+        most = sum(
+            min(9 * targets.shape[1], 3 * A // (4**n - 1))
+            for n in range(1, LEVELS + 1)
+        )
         listed = listed[:, : min(A, most)]
     listed = F.pad(listed, (0, 1), value=A)  # (N, U)
-    wanted = torch.where(near, anchor, A).flatten(1)
-    own = torch.searchsorted(listed, wanted)
+    own = torch.searchsorted(listed, torch.where(near, anchor, A).flatten(1))
     valid = torch.zeros_like(listed).scatter(1, own, 1).bool() & (listed < A)
     return listed.clamp(max=A - 1), valid, own.view_as(near).flatten(2)
 
@@ -169,8 +172,8 @@ def claim(target, own, predicted, cost_cls):
     lowest, place = cost.topk(MOST, largest=False)
     chosen = torch.arange(MOST, device=cost.device) < count
     chosen &= lowest.isfinite() & is_box(target)[..., None]
-    nothing = cost.shape[2] - 1
-    return torch.where(chosen, place, nothing), *cost.min(1)
+    last = cost.shape[2] - 1
+    return torch.where(chosen, place, last), *cost.min(1)
 
 
 @torch.no_grad()
@@ -189,7 +192,7 @@ def assign(prediction, targets):
     # what is no candidate overlaps nothing and costs infinitely much
     valid = valid[..., None]
     predicted = torch.where(valid, take(prediction.box_cxcywh, anchor), 0)  # (N, U, 4)
-    predicted = predicted.mT.contiguous().mT  # coordinates apart in memory: twice as fast
+    predicted = predicted.mT.contiguous().mT  # coordinates apart in memory: IoUs take half the time
     p_obj = take(prediction.obj[..., None], anchor).sigmoid()
     probability = (take(prediction.cls, anchor).sigmoid() * p_obj).sqrt()  # (N, U, K)
     log_yes = probability.log().clamp(min=-100)
