@@ -17,8 +17,10 @@ import prepare
 import simulate
 import train
 from data import TrainData, open_split
+from eval import report
 from formats import BOX_DTYPE
-from model import Detector, ModelConfig
+from model import Detector, ModelConfig, Prediction
+from prepare import Recording
 
 ROOT = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("NANORVT_SHARED", ROOT.parent / "shared"))
@@ -424,3 +426,73 @@ def assert_same_run(a, b):
             for key in ("frames_per_s", "data_wait", "peak_gib"):
                 row.pop(key, None)
     assert_same(a, b)
+
+
+def four_anchors():
+    """Two frames: anchor 2 overlaps anchors 0 and 1, anchor 3 is weak; all are in the second."""
+    box = torch.tensor([[20, 30, 10, 20.0], [21, 30, 10, 20], [21, 30, 10, 20], [50, 50, 4, 4]])
+    obj = torch.tensor([[0.5, 0.9, 0.9, 0.01], [1e-5, 1e-5, 1e-5, 1e-5]])
+    cls = torch.tensor([[0.9, 0.2], [0.4, 0.6], [0.8, 0.1], [0.05, 0.09]])
+    grid = torch.tensor([[0, 0, 8.0], [1, 0, 8], [0, 0, 16], [0, 0, 32]])
+    twice = [x.repeat(2, 1, 1) for x in (box, cls.logit())]
+    return Prediction(twice[0], obj.logit(), twice[1], grid)
+
+
+def some_report():
+    """Labels, detections and their report, of 10 frames."""
+    labels, dets = random_frames(0, frames=10)
+    labels[0] = some_boxes(0, [(9, 9, 9, 9)])
+    settings = {"split": "test", "data_dir": "data", "confidence": 0.001, "nms_iou": 0.45}
+    return labels, dets, report(labels, dets, 360, 640, NAMES, score="cls", **settings)
+
+
+def write_trained(folder):
+    """A checkpoint for the four classes of the prepared set in folder/data."""
+    data = write_prepared(folder / "data", hw=(48, 96))  # not what it was trained on
+    config = {"data_dir": str(data), "class_names": NAMES, "num_classes": 4, "sequence_length": 3}
+    config |= {"eval_batch_size": 2, "num_workers": 0}
+    (folder / "run").mkdir()
+    return write_checkpoint(folder / "run" / "ckpt.pt", small_detector(), **config)
+
+
+KEYS = dict(out_dir="out", learning_rate=1e-4, batch_size=6, fpn_stages=(2, 3, 4), compile=True,
+            names=("a",))
+
+
+def random_frames(seed, frames=12, found=30, ties=False):
+    """Labels and detections, many near a label; with ties scores and coordinates repeat."""
+    rng = np.random.default_rng(seed)
+    labels, dets = [], []
+    for k in range(frames):
+        n = int(rng.integers(0, 10))
+        xywh = rng.uniform((0, 0, 4, 4), (550, 270, 120, 120), (n, 4))
+        truth = some_boxes(k * 100_000, xywh, rng.integers(0, 4, n))
+        near = truth[rng.integers(0, n, rng.integers(0, found + 1))] if n else truth
+        near["class_confidence"] = rng.random(len(near)).round(1 if ties else 9)
+        other = rng.random(len(near)) < 0.2
+        near["class_id"][other] = rng.integers(0, 4, other.sum())
+        for name in "xywh":
+            near[name] *= rng.uniform(0.85, 1.15, len(near)).astype("f4")
+            truth[name] = truth[name].round(-1 if ties else 9)
+            near[name] = near[name].round(-1 if ties else 9)
+        labels.append(truth)
+        dets.append(near)
+    return labels, dets
+
+
+def write_table(path, *columns, **options):
+    """A recording as Metavision has it: one table."""
+    table = np.zeros(len(columns[0]), [("x", "u2"), ("y", "u2"), ("p", "i2"), ("t", "i8")])
+    for key, column in zip("txyp", columns):
+        table[key] = column
+    with h5py.File(path, "w") as file:
+        file.create_dataset("CD/events", data=table, **options)
+
+
+def read_times(path, t):
+    """(Recording that was read, times) of a recording with events at t us."""
+    recording = Recording(write_h5(path, t, t % 64, t % 48, t % 2))
+    return recording, np.concatenate([chunk[0] for chunk in recording.chunks()])
+
+
+GRID_US = np.arange(100_000, 1_900_000, 100_000)

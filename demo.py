@@ -131,7 +131,8 @@ def main(argv):
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-    print(f"{out}: {len(found)} frames of {size}; {np.median(detector.ms):.1f} ms a frame on {device}")
+    ms = np.median(detector.ms)
+    print(f"{out}: {len(found)} frames of {size}; {ms:.1f} ms a frame on {device}")
 
 
 if __name__ == "__main__":

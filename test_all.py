@@ -1,0 +1,2701 @@
+"""The specification as tests, in the order of the files: functions whose names state the fact.
+
+    make test        (or python -m pytest -q test_all.py)
+
+Tests that compare with RVT's outputs or read real recordings need ../shared and skip, saying so,
+where it is absent.
+"""
+
+import copy
+import fcntl
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import hdf5plugin
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import bench_memory
+import configurator
+import data
+import demo
+import detect
+import eval as evaluation
+import formats
+import loss
+import model
+import pictures
+import prepare
+import simulate
+import train
+from checkpoint import (
+    load_detector,
+    load_rvt,
+    load_weights,
+    our_name,
+    read_checkpoint,
+    read_weights,
+)
+from conftest import (
+    BLOSC,
+    BOX,
+    CONFIGS,
+    GRID_US,
+    HISTOGRAMS,
+    KEYS,
+    NAMES,
+    ROOT,
+    TINY,
+    Hostile,
+    MemorySequence,
+    assert_same_run,
+    checkpoint_of,
+    four_anchors,
+    load,
+    make_boxes,
+    make_set,
+    plan,
+    random_events,
+    random_frames,
+    raw_set,
+    read_times,
+    run_train,
+    same_batch,
+    same_boxes,
+    same_tree,
+    shared,
+    shown,
+    small_detector,
+    some_boxes,
+    some_events,
+    some_labels,
+    some_report,
+    tiny_detector,
+    write_checkpoint,
+    write_h5,
+    write_prepared,
+    write_recording,
+    write_sequence,
+    write_table,
+    write_trained,
+)
+from data import Augmentation, TrainData, View, augment, index_map, move_boxes, open_split
+from detect import (
+    DETECTION_DTYPE,
+    SIZES,
+    StreamDetector,
+    detections,
+    nms,
+    prophesee_filter,
+    run,
+    score_boxes,
+)
+from eval import compare, report
+from formats import BOX_DTYPE, histogram
+from loss import Assignment, SizeAware, box_iou, detection_loss, focal_loss, size_weights
+from model import Detector, ModelConfig, Prediction, reset_state
+from pictures import confusion, draw
+from prepare import Recording, filter_boxes, label_frames, read_labels, window_ends, windows
+
+# ==== model.py
+
+
+MODEL_VARIANTS = [
+    dict(), dict(patch_size=3, fpn_stages=(1, 2, 3, 4)), dict(patch_size=2, fpn_stages=(1, 2)),
+    dict(small_object_attention=True), dict(small_object_attention=True, attention_spatial=False),
+    dict(small_object_attention=True, attention_temporal=False)]
+TWO_BOXES = torch.tensor([[[1.0, 30, 20, 16, 16], [2.0, 10, 30, 6, 8]]])
+
+
+def rvt_detector(tmp_path, **overrides):
+    """What RVT computed on a few frames, and a detector with RVT's weights."""
+    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)
+    path = tmp_path / "rvt.ckpt"
+    torch.save(reference["checkpoint"], path)
+    return reference, load_rvt(path, input_hw=(128, 160), partition_split=1, **overrides)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("fpn_stages", (2, 4)), ("fpn_stages", (3, 2)), ("fpn_stages", (4,)), ("patch_size", 5),
+    ("embed_dim", 20), ("embed_dim", 0), ("dim_head", 24), ("dim_head", 0),
+    ("partition_split", -1), ("partition_split", 100)])
+def test_model_config_names_what_cannot_work(key, value):
+    with pytest.raises(ValueError, match=f"^{key}="):
+        ModelConfig(**{key: value})
+
+
+@pytest.mark.parametrize("hw, patch, padded, part, strides", [
+    ((360, 640), 4, (384, 640), (6, 10), (4, 8, 16, 32)),
+    ((360, 640), 2, (384, 640), (6, 10), (2, 4, 8, 16)),
+    ((360, 640), 3, (360, 648), (5, 9), (3, 6, 12, 24)),
+    ((240, 304), 4, (256, 320), (8, 10), (4, 8, 16, 32))])
+def test_model_config_pads_and_partitions_by_rvts_rule(hw, patch, padded, part, strides):
+    stages = (1, 2, 3, 4)
+    config = ModelConfig(input_hw=hw, patch_size=patch, num_classes=2, fpn_stages=stages).resolved()
+    assert (config.padded_hw, config.part, config.strides) == (padded, part, strides)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(fpn_stages=(1, 2, 3, 4), small_object_attention=True)])
+def test_recompute_changes_memory_only(changes):
+    runs = []
+    for checkpointing in (False, True):
+        detector = tiny_detector(checkpointing=checkpointing, **changes).train()
+        kept = {}
+
+        def pack(x):
+            if not isinstance(x, torch.nn.Parameter):
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            prediction, _ = detector(random_events(3, 2, 20, 48, 64))
+            loss = detection_loss(prediction, TWO_BOXES.repeat(6, 1, 1))["loss"]
+        loss.backward()
+        runs.append((sum(kept.values()), loss.detach(), detector))
+    (kept, loss, detector), (kept_again, loss_again, detector_again) = runs
+    assert kept_again < 0.5 * kept
+    torch.testing.assert_close(loss, loss_again)
+    for p, again in zip(detector.parameters(), detector_again.parameters()):
+        assert float((p.grad - again.grad).norm()) <= 1e-3 * float(p.grad.norm()) + 1e-6
+    for statistics, again in zip(detector.buffers(), detector_again.buffers()):  # moved once
+        torch.testing.assert_close(statistics, again, rtol=1e-4, atol=1e-6)
+    assert detector.state_dict().keys() == detector_again.state_dict().keys()
+
+
+def test_recompute_leaves_a_deep_copy_its_own_weights():
+    events = random_events(2, 2, 20, 48, 64)
+    detector = tiny_detector(checkpointing=True)
+    twin = copy.deepcopy(detector)
+    for p in twin.parameters():
+        p.data += 0.1
+    plain = tiny_detector()
+    plain.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(twin(events)[0].cls, plain(events)[0].cls, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(twin(events)[0].cls, detector(events)[0].cls, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode, want", [
+    ("window", {(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)}),
+    ("grid", {(0, 0), (0, 2), (0, 4), (2, 0), (2, 2), (2, 4)})])
+def test_partition_attention_joins_neighbours_or_a_grid(mode, want):
+    torch.manual_seed(0)
+    block = model.PartitionAttention(8, 4, (2, 3), mode).double()
+    x = torch.randn(1, 4, 6, 8, dtype=torch.double)
+    changed = x.clone()
+    changed[0, 0, 0, 0] += 1
+    moved = (block(x) != block(changed)).any(-1)[0].nonzero().tolist()
+    assert {tuple(place) for place in moved} == want
+
+
+def test_lstm_cell_by_hand():
+    cell = model.LSTMCell(1)
+    # rows: forget, input, output, cell input; columns: x, h
+    weight = torch.tensor([[0.1, 0.2], [0.3, -0.4], [0.5, 0.6], [-0.7, 0.8]])
+    bias = torch.tensor([0.01, 0.02, 0.03, 0.04])
+    cell.load_state_dict({"gates.weight": weight, "gates.bias": bias})
+    x, h, c = torch.tensor([2.0, -1.0, 0.5]).view(3, 1, 1, 1, 1)
+    h, c = cell(x, h, c)
+    forget = 1 / (1 + math.exp(-(0.2 - 0.2 + 0.01)))
+    update = 1 / (1 + math.exp(-(0.6 + 0.4 + 0.02)))
+    output = 1 / (1 + math.exp(-(1.0 - 0.6 + 0.03)))
+    want = forget * 0.5 + update * math.tanh(-1.4 - 0.8 + 0.04)
+    assert c.item() == pytest.approx(want, rel=1e-5)
+    assert h.item() == pytest.approx(output * math.tanh(want), rel=1e-5)
+
+
+def test_multi_scale_spatial_attention_adds_at_most_its_input():
+    x = torch.rand(2, 12, 8, 8)
+    y = model.MultiScaleSpatialAttention(12)(x)
+    assert bool(((y > x) & (y <= 2 * x)).all())
+
+
+def test_event_temporal_attention_is_causal():
+    module = model.EventTemporalAttention(8).eval()
+    x = torch.rand(8, 8, 6, 6)  # T = 4, B = 2
+    past = torch.zeros(2, 2, 8, 6, 6)
+    y, following = module(x, past)
+    changed = x.clone()
+    changed[4:] += 1
+    y_changed, _ = module(changed, past)
+    assert torch.equal(y_changed[:4], y[:4])
+    assert not torch.equal(y_changed[4:6], y[4:6])
+    assert torch.equal(following, x[4:].unflatten(0, (2, 2)).transpose(0, 1))
+
+
+def test_scale_aware_channel_attention_starts_higher_at_small_strides():
+    x = torch.ones(1, 64, 4, 4)
+    fine = model.ScaleAwareChannelAttention(64, 8)
+    coarse = model.ScaleAwareChannelAttention(64, 16)
+    assert (fine.fc[0].out_features, coarse.fc[0].out_features) == (4, 8)
+    assert fine(x).mean().item() > coarse(x).mean().item()
+
+
+def test_attention_off_is_bit_identical_to_no_attention():
+    events = random_events(2, 1, 20, 48, 64)
+    plain = tiny_detector()
+    off = tiny_detector(attention_spatial=False, attention_temporal=False)
+    assert plain.state_dict().keys() == off.state_dict().keys()
+    for a, b in zip(plain(events)[0], off(events)[0]):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("changes", MODEL_VARIANTS)
+def test_reset_state_starts_a_row_from_scratch_even_from_nan(changes):
+    detector = tiny_detector(**changes)
+    events = random_events(4, 2, 20, 48, 64)
+    with torch.no_grad():
+        _, state = detector(events[:2])
+        for s in state:
+            s[1] = math.nan
+        state = reset_state(state, torch.tensor([False, True]))
+        start = [s.clone() for s in state]
+        for s in start:
+            s[1] = 0
+        prediction, after = detector(events[2:], state)
+        fresh, fresh_after = detector(events[2:], start)
+    for a, b in zip((*prediction, *after), (*fresh, *fresh_after)):
+        assert torch.equal(a, b)
+    assert all(float(s[1].abs().sum()) == 0 for s in state)
+    assert any(float(s[0].abs().sum()) > 0 for s in state)
+
+
+def test_detector_gives_rvts_predictions(tmp_path):
+    reference, detector = rvt_detector(tmp_path)
+    config = detector.eval().config
+    assert (config.fpn_depth, config.embed_dim, config.patch_size) == (0.33, 32, 4)
+    assert sum(p.numel() for p in detector.parameters()) == reference["params"]
+    state = None
+    out = []
+    for t, events in enumerate(reference["events"]):
+        with torch.no_grad():
+            prediction, state = detector(events[None], state)
+        means = [float(h.abs().mean()) for h in state[::2]]
+        assert means == pytest.approx(list(reference["hidden_mean_abs"][t]), rel=1e-4)
+        obj = prediction.obj.sigmoid()[..., None]
+        out.append(torch.cat((prediction.box_cxcywh, obj, prediction.cls.sigmoid()), dim=-1))
+    got = torch.stack([out[t][b] for t, b in reference["labelled_tb"]])
+    torch.testing.assert_close(got, reference["prediction"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_detector_gives_rvts_losses_and_gradients(tmp_path, checkpointing):
+    reference, detector = rvt_detector(tmp_path, checkpointing=checkpointing)
+    frames = torch.zeros(4, 2, dtype=torch.bool)
+    for t, b in reference["labelled_tb"]:
+        frames[t, b] = True
+    prediction, _ = detector.train()(reference["events"], None, frames)
+    losses = detection_loss(prediction, reference["labels"])
+    names = dict(loss="loss", iou="iou_loss", obj="conf_loss", cls="cls_loss", num_fg="num_fg")
+    for ours, rvts in names.items():
+        assert losses[ours].item() == pytest.approx(reference["train"][rvts], rel=1e-3)
+    losses["loss"].backward()
+    gradients = {name: float(p.grad.norm()) for name, p in detector.named_parameters()}
+    for name, norm in reference["grad_norm"].items():
+        name = our_name(name.removeprefix("mdl."))
+        assert gradients.pop(name) == pytest.approx(norm, rel=1e-3), name
+    assert not gradients
+
+
+def test_detector_of_rvt_b_has_its_published_size():
+    detector = Detector(ModelConfig(input_hw=(360, 640), num_classes=8))
+    millions = sum(p.numel() for p in detector.parameters()) / 1e6
+    assert millions == pytest.approx(18.54, abs=0.005)
+
+
+@pytest.mark.parametrize("patch", [2, 3, 4])
+@pytest.mark.parametrize("stages, hw", [
+    ((1, 2), (37, 50)), ((2, 3), (61, 33)), ((2, 3, 4), (90, 70)), ((1, 2, 3, 4), (45, 80))])
+def test_detector_takes_every_patch_size_and_pyramid_at_odd_sizes(patch, stages, hw):
+    detector = tiny_detector(input_hw=hw, patch_size=patch, fpn_stages=stages)
+    prediction, state = detector(random_events(1, 2, 20, *hw))
+    H, W = detector.config.padded_hw
+    strides = tuple(patch * 2 ** (k - 1) for k in stages)
+    A = sum((H // stride) * (W // stride) for stride in strides)
+    assert detector.config.strides == strides
+    assert prediction.box_cxcywh.shape == (2, A, 4) and prediction.cls.shape == (2, A, 3)
+    assert len(state) == 2 * stages[-1] and all(len(s) == 2 for s in state)
+
+
+def test_detector_refuses_frames_of_another_size():
+    with pytest.raises(ValueError, match="40x64.*built for .48, 64"):
+        tiny_detector()(random_events(1, 1, 20, 40, 64))
+
+
+@pytest.mark.parametrize("changes", MODEL_VARIANTS)
+def test_detector_frame_by_frame_equals_chunks(changes):
+    detector = tiny_detector(**changes)
+    events = random_events(5, 2, 20, 48, 64)
+    with torch.no_grad():
+        whole, last = detector(events)
+        state = None
+        parts = []
+        for chunk in (events[:1], events[1:4], events[4:]):
+            prediction, state = detector(chunk, state)
+            parts.append(prediction)
+    for i in range(3):
+        joined = torch.cat([part[i] for part in parts])
+        torch.testing.assert_close(joined, whole[i], rtol=1e-4, atol=1e-4)
+    for a, b in zip(state, last, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", MODEL_VARIANTS)
+def test_detector_streams_do_not_see_each_other(changes):
+    detector = tiny_detector(**changes)
+    events = random_events(3, 3, 20, 48, 64)
+    order = torch.tensor([2, 0, 1])
+    other = events.clone()
+    other[:, [0, 2]] = random_events(3, 2, 20, 48, 64, seed=1)
+    with torch.no_grad():
+        prediction, state = detector(events)
+        permuted, permuted_state = detector(events[:, order])
+        alone, alone_state = detector(events[:, 1:2])
+        beside, beside_state = detector(other)
+    for i in range(3):
+        rows = prediction[i].unflatten(0, (3, 3))
+        permuted_rows = permuted[i].unflatten(0, (3, 3))
+        torch.testing.assert_close(permuted_rows, rows[:, order], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(alone[i], rows[:, 1], rtol=1e-4, atol=1e-4)
+        # to the bit, as the shapes are the same
+        assert torch.equal(beside[i].unflatten(0, (3, 3))[:, 1], rows[:, 1])
+    for k, s in enumerate(state):
+        torch.testing.assert_close(permuted_state[k], s[order], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone_state[k][0], s[1], rtol=1e-4, atol=1e-5)
+        assert torch.equal(beside_state[k][1], s[1])
+
+
+def test_detector_on_chosen_frames_equals_that_on_all():
+    detector = tiny_detector()
+    events = random_events(4, 2, 20, 48, 64)
+    frames = torch.tensor([[0, 1], [0, 0], [1, 1], [0, 0]], dtype=torch.bool)
+    with torch.no_grad():
+        every, state = detector(events)
+        some, same = detector(events, None, frames)
+    chosen = every.box_cxcywh[[1, 4, 5]]
+    torch.testing.assert_close(some.box_cxcywh, chosen, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(state, same))
+
+
+@pytest.mark.parametrize("changes", MODEL_VARIANTS)
+def test_detector_gives_every_parameter_a_gradient(changes):
+    detector = tiny_detector(embed_dim=64, **changes).train()
+    prediction, _ = detector(random_events(3, 2, 20, 48, 64))
+    sum(field.square().sum() for field in prediction[:3]).backward()
+    for name, p in detector.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_detector_decodes_boxes_by_hand():
+    detector = tiny_detector()
+    for head in detector.heads:
+        for pred in (head.reg_pred, head.obj_pred, head.cls_pred):
+            torch.nn.init.zeros_(pred.weight)
+        head.reg_pred.bias.data = torch.tensor([0.25, -0.5, math.log(2), math.log(3)])
+    prediction, _ = detector(random_events(1, 1, 20, 48, 64))
+    fine = 8 * 8  # 48x64 is padded to 64x64; strides 8, 16, 32
+    assert prediction.box_cxcywh.shape == (1, fine + 4 * 4 + 2 * 2, 4)
+    assert prediction.grid[fine + 5].tolist() == [1, 1, 16]
+    want = torch.tensor([20.0, 8.0, 32.0, 48.0])
+    torch.testing.assert_close(prediction.box_cxcywh[0, fine + 5], want)
+    assert prediction.obj[0, 0].sigmoid().item() == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(small_object_attention=True, checkpointing=True)])
+def test_detector_and_loss_compile_to_one_graph_for_any_number_of_frames(changes):
+    torch._dynamo.reset()
+    detector = tiny_detector(fpn_stages=(1, 2), **changes).train()
+    twin = copy.deepcopy(detector)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    events = random_events(2, 2, 20, 48, 64)
+    state = detector.initial_state(2)
+    size_aware = SizeAware(True, 2.0, 256, 1024, "exponential", ("iou", "cls"))
+
+    def step(detector, index, targets):
+        prediction, _ = detector(events, state, index)
+        return detection_loss(prediction, targets, size_aware)["loss"]
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for N, M in ((2, 16), (4, 16), (3, 32)):
+        index = torch.randperm(4)[:N].sort().values
+        targets = torch.cat((TWO_BOXES.repeat(N, 1, 1), torch.zeros(N, M - 2, 5)), dim=1)
+        for tensor, axis in ((index, 0), (targets, 0), (targets, 1)):
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        want = step(detector, index, targets)
+        got = compiled(twin, index, targets)
+        torch.testing.assert_close(got, want)
+        (got + want).backward()
+    assert counter.frame_count == 1
+    for p, again in zip(detector.parameters(), twin.parameters()):
+        torch.testing.assert_close(again.grad, p.grad, rtol=1e-3, atol=1e-5)
+    for statistics, again in zip(detector.buffers(), twin.buffers()):
+        torch.testing.assert_close(again, statistics)
+
+
+def test_detector_with_its_state_runs_in_onnxruntime_over_a_stream(tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason=f"export to ONNX needs pip install {package}")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install onnxruntime")
+    detector = tiny_detector(fpn_stages=(1, 2), small_object_attention=True)
+
+    # the lines of the README
+    frame = torch.zeros(1, 1, 20, *detector.config.input_hw, dtype=torch.uint8)  # T = B = 1
+    state = detector.initial_state(1)
+    names = [f"state{k}" for k in range(len(state))]
+    inputs = ["frame", *names]
+    outputs = ["box_cxcywh", "obj", "cls", "grid"] + [f"next_{name}" for name in names]
+    path = tmp_path / "detector.onnx"
+    torch.onnx.export(detector, (frame, state), path, input_names=inputs, output_names=outputs,
+                      dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    state = [s.numpy() for s in state]
+
+    torch_state = None
+    for seed in range(4):
+        frame = random_events(1, 1, 20, 48, 64, seed=seed)
+        box, obj, cls, grid, *state = session.run(None, dict(zip(inputs, [frame.numpy(), *state])))
+        with torch.no_grad():
+            prediction, torch_state = detector(frame, torch_state)
+        got = [torch.from_numpy(x) for x in (box, obj, cls, grid, *state)]
+        for x, want in zip(got, (*prediction, *torch_state), strict=True):
+            torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-4)
+
+
+# ---- changes in one place
+
+def train_one_step(detector):
+    """Train a step on random frames; the next state. All of backbone and pyramid must learn."""
+    parts = torch.nn.ModuleList([detector.stages, detector.fpn])
+    before = copy.deepcopy(parts.state_dict())
+    optimizer = torch.optim.SGD(detector.train().parameters(), lr=0.1)
+    prediction, state = detector(random_events(3, 2, 20, 48, 64))
+    detection_loss(prediction, TWO_BOXES.repeat(6, 1, 1))["loss"].backward()
+    optimizer.step()
+    for name, p in parts.named_parameters():
+        assert p.isfinite().all() and not torch.equal(p, before[name]), name
+    return state
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_change_of_the_cell_to_a_gru_with_one_state(monkeypatch, checkpointing):
+    class GRUCell(torch.nn.Module):
+        states = 1
+
+        def __init__(self, dim):
+            super().__init__()
+            self.gates = torch.nn.Linear(2 * dim, 2 * dim)
+            self.new = torch.nn.Linear(2 * dim, dim)
+
+        def forward(self, x, h):
+            keep, reset = self.gates(torch.cat((x, h), dim=-1)).sigmoid().chunk(2, dim=-1)
+            new = self.new(torch.cat((x, reset * h), dim=-1)).tanh()
+            return (keep * h + (1 - keep) * new,)
+
+    monkeypatch.setattr(model, "LSTMCell", GRUCell)
+    detector = tiny_detector(small_object_attention=True, checkpointing=checkpointing)
+    state = train_one_step(detector)
+    assert len(state) == len(detector.stages) + 2  # and the attention's pasts on two levels
+    assert [s.shape for s in state] == [s.shape for s in detector.initial_state(2)]
+
+
+def test_change_of_the_pyramid_to_a_plain_fpn(monkeypatch):
+    class FPN(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            pairs = zip(config.dims, config.dims[1:])
+            self.lateral = torch.nn.ModuleList(model.Conv(coarse, fine) for fine, coarse in pairs)
+
+        def forward(self, features):
+            for i in reversed(range(len(self.lateral))):
+                coarse = F.interpolate(self.lateral[i](features[i + 1]), scale_factor=2)
+                features[i] = features[i] + coarse
+            return features
+
+    monkeypatch.setattr(model, "PAFPN", FPN)
+    detector = tiny_detector(fpn_stages=(1, 2, 3))
+    train_one_step(detector)
+    assert isinstance(detector.fpn, FPN)
+
+
+# ==== checkpoint.py
+
+
+def test_read_checkpoint_names_what_is_none_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint("good.pt", tiny_detector())
+    assert read_checkpoint("good.pt")["model_config"]["embed_dim"] == 16
+    whole = Path("good.pt").read_bytes()
+    Path("cut.pt").write_bytes(whole[: len(whole) // 2])
+    Path("empty.pt").write_bytes(b"")
+    Path("text.pt").write_text("no checkpoint")
+    Path("raw.pt").write_bytes(pickle.dumps({"state_dict": Hostile()}))
+    torch.save({"a": 1}, "other.pt")
+    torch.save({"state_dict": {}, "callbacks": Hostile()}, "hostile.pt")
+    for name, word in (
+            ("cut.pt", "truncated"), ("empty.pt", "not a checkpoint"), ("raw.pt", "raw.pt"),
+            ("text.pt", "not a checkpoint"), ("other.pt", "no checkpoint of"),
+            ("hostile.pt", "convert it"), ("missing.pt", "no such")):
+        with pytest.raises(ValueError, match=word) as error:
+            read_checkpoint(name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    assert not Path("hostile_code_ran").exists()
+
+
+def test_load_weights_names_what_does_not_fit():
+    detector = tiny_detector()
+    weights = detector.state_dict()
+    sparse = weights["stages.0.norm.bias"].to_sparse()
+    for name, x, words in (
+            ("stages.0.norm.bias", None, "is missing in the file"),
+            ("stages.0.norm.bias", torch.zeros(3), "is .3,. in the file, .16,. in the model"),
+            ("stages.0.norm.bias", sparse, "is Tensor in the file"),
+            ("stages.9.norm.bias", torch.zeros(3), "is .3,. in the file, missing in the model")):
+        changed = weights | {name: x}
+        with pytest.raises(ValueError, match=f"^a.pt: 1 weights do not fit .*{name} {words}"):
+            load_weights(detector, changed, "a.pt", new_classes=True)
+
+
+def test_load_weights_starts_class_layers_from_scratch_where_asked(capsys):
+    weights = tiny_detector(num_classes=3).state_dict()
+    with pytest.raises(ValueError, match="6 weights do not fit"):
+        load_weights(tiny_detector(num_classes=5), weights, "a.pt")
+    fresh = tiny_detector(num_classes=5).state_dict()
+    detector = load_weights(tiny_detector(num_classes=5), weights, "a.pt", new_classes=True)
+    said = capsys.readouterr().out
+    assert said.startswith("a.pt: the class layers start from scratch: heads.0.cls_pred.")
+    assert said.count("\n") == 1
+    for name, x in detector.state_dict().items():
+        source = fresh if ".cls_pred." in name else weights
+        assert torch.equal(x, source[name]), name
+    load_weights(tiny_detector(num_classes=3), weights, "a.pt", new_classes=True)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="do not fit"):  # another architecture as well
+        load_weights(tiny_detector(num_classes=5, embed_dim=24), weights, "a.pt", new_classes=True)
+
+
+def test_load_rvt_names_what_is_unmatched(tmp_path):
+    path = tmp_path / "changed.ckpt"
+    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)["checkpoint"]
+    for change, words in (
+        ({"mdl.backbone.extra": torch.zeros(3)}, "extra is .3,. in the file"),
+        ({"mdl.fpn.bu_conv1.conv.weight": None}, "fpn.down.1.conv.weight is missing"),
+        ({"mdl.yolox_head.cls_preds.1.bias": torch.zeros(5)}, "heads.1.cls_pred.bias is .5,."),
+    ):
+        changed = reference["state_dict"] | change
+        weights = {name: x for name, x in changed.items() if x is not None}
+        torch.save({"state_dict": weights}, path)
+        with pytest.raises(ValueError, match=words):
+            load_rvt(path, input_hw=(128, 160), partition_split=1)
+    torch.save({"state_dict": {"mdl.other": torch.zeros(1)}}, path)
+    with pytest.raises(ValueError, match="changed.ckpt: no checkpoint of RVT"):
+        load_rvt(path, input_hw=(128, 160))
+
+
+def test_weights_of_rvt_start_class_layers_from_scratch_where_asked(tmp_path, capsys):
+    path = tmp_path / "rvt.ckpt"
+    torch.save(torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)["checkpoint"], path)
+    shape = dict(input_hw=(128, 160), partition_split=1, num_classes=5)
+    with pytest.raises(ValueError, match="do not fit"):
+        load_rvt(path, **shape)
+    detector = Detector(ModelConfig(embed_dim=32, fpn_depth=0.33, **shape))
+    load_weights(detector, read_weights(path), path, new_classes=True)
+    assert "class layers start from scratch" in capsys.readouterr().out
+
+
+def test_load_detector_takes_frames_of_another_size(tmp_path):
+    detector = tiny_detector()
+    path = write_checkpoint(tmp_path / "a.pt", detector)
+    assert load_detector(path).config == detector.config
+    other = load_detector(path, input_hw=(384, 640))
+    assert other.config.input_hw == (384, 640)
+    assert other.config.partition_split == 2  # chosen for the new size
+    assert torch.equal(other.stages[0].conv.weight, detector.stages[0].conv.weight)
+
+
+# ==== loss.py
+
+
+def test_size_weights_by_hand():
+    area = torch.tensor([256.0, 1024.0, 4096.0])
+    got = size_weights(area, "exponential", 2.5, 1024, 9216).tolist()
+    assert got == pytest.approx([2.5 * math.exp(-0.25), 1, 1], rel=1e-6)
+    assert got[0] == pytest.approx(1.947, abs=5e-4)
+    area = torch.tensor([512.0, 1024.0, 5120.0, 9216.0, 20000.0])
+    assert size_weights(area, "linear", 2.5, 1024, 9216).tolist() == [2.5, 2.5, 1.75, 1, 1]
+    area = torch.tensor([512.0, 1024.0, 1025.0, 9216.0, 9217.0])
+    assert size_weights(area, "step", 2.5, 1024, 9216).tolist() == [2.5, 2.5, 1.75, 1.75, 1]
+    assert size_weights(area[:0], "exponential", 2.5, 1024, 9216).shape == (0,)
+    below, at = size_weights(torch.tensor([26.0**2, 27.0**2]), "exponential", 2.0, 1024, 9216)
+    assert below > 1  # a weight of 2 acts below 27x27
+    assert at == 1
+
+
+@pytest.mark.parametrize("wrong", [
+    {"weight_type": "cubic"}, {"size_aware_terms": ("iou", "box")}, {"size_aware_terms": ()},
+    {"size_aware_weight": 0.5}, {"small_threshold": -1}, {"small_threshold": 9216},
+    {"medium_threshold": -1}, {"medium_threshold": 1024}])
+def test_size_aware_names_what_cannot_work(wrong):
+    [(key, value)] = wrong.items()
+    with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}")):
+        SizeAware(**wrong)
+
+
+def test_size_weights_of_ones_own_train(traffic, tmp_path, monkeypatch):
+    def inverse(area, kind, weight, small, medium):
+        return 1 + (weight - 1) * small / (small + area)
+
+    monkeypatch.setattr(loss, "size_weights", inverse)
+    options = ("--max_steps=1", "--size_aware_loss=True", "--weight_type=inverse")
+    assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", *options) == 0
+
+
+def test_box_iou_by_hand():
+    one = torch.tensor([10.0, 10, 4, 4])
+    others = torch.tensor([[10.0, 10, 4, 4], [12, 10, 4, 4], [12, 12, 4, 4], [30, 10, 4, 4]])
+    assert box_iou(one, others).tolist() == pytest.approx([1, 8 / 24, 4 / 28, 0])
+    assert box_iou(torch.zeros(4), torch.zeros(4)) == 0
+
+
+def iou_by_definition(a, b):
+    width = min(a[0] + a[2] / 2, b[0] + b[2] / 2) - max(a[0] - a[2] / 2, b[0] - b[2] / 2)
+    height = min(a[1] + a[3] / 2, b[1] + b[3] / 2) - max(a[1] - a[3] / 2, b[1] - b[3] / 2)
+    overlap = max(width, 0) * max(height, 0)
+    return overlap / (a[2] * a[3] + b[2] * b[3] - overlap)
+
+
+def simota_by_definition(prediction, targets, n):
+    """One box and anchor after the other: {anchor: (box, IoU)} of frame n."""
+    boxes = [row for row in targets[n].tolist() if row[3] > 0]
+    near, iou, cost, claims, matched = {}, {}, {}, {}, {}
+    for a, (x, y, stride) in enumerate(prediction.grid.tolist()):
+        for m, (_, cx, cy, _, _) in enumerate(boxes):
+            if max(abs((x + 0.5) * stride - cx), abs((y + 0.5) * stride - cy)) < 1.5 * stride:
+                near.setdefault(a, set()).add(m)
+    for a in near:
+        p = (prediction.obj[n, a].sigmoid() * prediction.cls[n, a].sigmoid()).sqrt().tolist()
+        predicted = prediction.box_cxcywh[n, a].tolist()
+        for m, (label, *box) in enumerate(boxes):
+            iou[m, a] = iou_by_definition(box, predicted)
+            entropy = -sum(math.log(q if k == label else 1 - q) for k, q in enumerate(p))
+            cost[m, a] = entropy - 3 * math.log(iou[m, a] + 1e-8) + 1e6 * (m not in near[a])
+    for m in range(len(boxes)):
+        best = sorted((iou[m, a] for a in near), reverse=True)[:10]
+        for a in sorted(near, key=lambda a: cost[m, a])[: max(1, int(sum(best)))]:
+            claims.setdefault(a, []).append(m)
+    for a, claimants in claims.items():
+        m = claimants[0]
+        if len(claimants) > 1:
+            m = min(range(len(boxes)), key=lambda m: cost[m, a])
+        matched[a] = (m, iou[m, a])
+    return matched
+
+
+def random_scene(targets, strides, seed):
+    """Prediction on frames of 64x96 px, and the targets (N, M, 5) with random boxes for NaN."""
+    g = torch.Generator().manual_seed(seed)
+    targets = torch.as_tensor(targets, dtype=torch.float)
+    random = torch.rand(targets.shape, generator=g) * torch.tensor([2.99, 96, 64, 40, 40])
+    random = torch.cat((random[..., :1].floor(), random[..., 1:3], random[..., 3:] + 4), -1)
+    cells = [(x, y, s) for s in strides for y in range(64 // s) for x in range(96 // s)]
+    grid = torch.tensor(cells, dtype=torch.float)
+    N, A = len(targets), len(grid)
+    centre = (grid[:, :2] + 0.5) * grid[:, 2:] + 4 * torch.randn(N, A, 2, generator=g)
+    size = grid[:, 2:] * (0.75 + 1.5 * torch.rand(N, A, 2, generator=g))
+    obj, *cls = torch.randn(4, N, A, generator=g)
+    prediction = Prediction(torch.cat((centre, size), -1), obj, torch.stack(cls, -1), grid)
+    return prediction, torch.where(targets.isnan(), random, targets)
+
+
+PAD, ANY = [0.0] * 5, [math.nan] * 5
+FRAMES = [
+    [[0, 16, 24, 20, 12], [1, 16, 24, 10, 30], [2, 40, 32, 8, 8], [1, 90, 60, 30, 30]],  # borders
+    [[2, -3, 10, 20, 20], [0, 95, 63, 12, 12], [1, 20, 64, 10, 10], PAD],  # outside, padding
+    [[1, 33.3, 41.7, 25, 9], PAD, PAD, PAD], [PAD] * 4, [ANY] * 4, [ANY] * 4, [ANY] * 3 + [PAD]]
+
+
+@pytest.mark.parametrize("strides", [(8, 16, 32), (4, 8, 16), (1, 2)])  # few anchors and many
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("targets", [FRAMES, [[ANY] * (2 * loss.CHUNK + 6)]])
+def test_assign_simota_equals_its_slow_definition(targets, seed, strides):
+    prediction, targets = random_scene(targets, strides, seed)
+    found = loss.assign(prediction, targets)
+    for n in range(len(targets)):
+        want = simota_by_definition(prediction, targets, n)
+        at = found.matched[n].nonzero()[:, 0]
+        anchor = found.anchor[n, at].tolist()
+        assert sorted(anchor) == sorted(want)
+        assert found.box[n, at].tolist() == [want[a][0] for a in anchor]
+        iou = [want[a][1] for a in anchor]
+        assert found.iou[n, at].tolist() == pytest.approx(iou, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("strides, most", [((8, 16, 32), 126), ((1, 2, 4), 2700 + 1612 + 384 + 94)])
+def test_claim_compares_a_chunk_of_boxes_with_9_anchors_a_level_or_all(strides, most, monkeypatch):
+    pairs = []
+
+    def counting(target, own, predicted, cost_cls, claim=loss.claim):
+        pairs.append((target.shape[1], predicted.shape[1]))
+        return claim(target, own, predicted, cost_cls)
+
+    monkeypatch.setattr(loss, "claim", counting)
+    loss.assign(*random_scene([[ANY] * 300], strides, 0))
+    assert max(pairs) == (loss.CHUNK, most + 1)
+
+
+def test_assign_over_all_anchors_is_a_change_in_one_place(traffic, tmp_path, monkeypatch):
+    @torch.no_grad()
+    def best_overlap(prediction, targets):  # each box takes the anchor that overlaps it most
+        iou = box_iou(prediction.box_cxcywh[:, :, None], targets[:, None, :, 1:])  # (N, A, M)
+        taken = (iou == iou.amax(1, keepdim=True)) & (iou > 0)
+        anchor = torch.arange(iou.shape[1]).expand(len(iou), -1)
+        return Assignment(anchor, taken.any(2), taken.int().argmax(2), iou.amax(2))
+
+    monkeypatch.setattr(loss, "assign", best_overlap)
+    assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1") == 0
+
+
+def test_focal_loss_by_hand():
+    p = torch.tensor([0.9, 0.2])
+    got = focal_loss(p.logit(), torch.tensor([1.0, 0.0])).tolist()
+    want = [0.25 * 0.01 * -math.log(0.9), 0.75 * 0.04 * -math.log(0.8)]
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+BOTH = SizeAware(True, 2.5, 256, 1024, "exponential", ("iou", "cls"))
+
+
+@pytest.fixture
+def scene():
+    boxes = [[[0, 20.0, 20, 12, 14], [2, 44, 30, 20, 9]], [[1, 12, 40, 8, 8], PAD]]
+    return random_scene(boxes, (8, 16, 32), 0)
+
+
+def terms_by_definition(prediction, targets, weight, class_loss):
+    """iou, obj and cls, with the matched anchors taken one by one; weight(area)."""
+    iou, cls, is_object = 0.0, 0.0, torch.zeros_like(prediction.obj)
+    for n in range(len(targets)):
+        for a, (m, overlap) in simota_by_definition(prediction, targets, n).items():
+            label, _, _, w, h = targets[n, m].tolist()
+            onehot = F.one_hot(torch.tensor(int(label)), 3).float()
+            iou += 5 * weight(w * h) * (1 - overlap**2)
+            terms = class_loss(prediction.cls[n, a], onehot, overlap)
+            cls += weight(w * h) * terms.sum().item()
+            is_object[n, a] = 1
+    obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum").item()
+    matched = is_object.sum().item()
+    terms = {"iou": iou, "obj": obj, "cls": cls, "loss": iou + obj + cls, "num_fg": matched**2 / 3}
+    return {key: pytest.approx(x / matched, rel=1e-5) for key, x in terms.items()}
+
+
+def test_detection_loss_equals_its_formulas_written_out(scene):
+    def quality(logits, onehot, overlap):
+        return F.binary_cross_entropy_with_logits(logits, onehot * overlap, reduction="none")
+
+    def focal(logits, onehot, overlap):
+        return focal_loss(logits, onehot)
+
+    def weight(area):
+        return min(max(2.5 * math.exp(-area / 256), 1), 2.5)
+
+    plain = terms_by_definition(*scene, lambda area: 1, quality)
+    weighted = terms_by_definition(*scene, weight, focal)
+    assert detection_loss(*scene) == plain
+    assert detection_loss(*scene, BOTH) == weighted != plain
+    got = detection_loss(*scene, SizeAware(True, 2.5, 256, 1024, "exponential", ("iou",)))
+    assert got["iou"] == weighted["iou"]
+    assert got["cls"] == plain["cls"]
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear", "step"])
+def test_detection_loss_with_a_weight_of_one_or_switched_off_is_the_plain_one(scene, kind):
+    plain = detection_loss(*scene)
+    assert detection_loss(*scene, SizeAware(True, 1.0, weight_type=kind)) == plain
+    assert detection_loss(*scene, SizeAware(False, 2.0, weight_type=kind)) == plain
+
+
+@pytest.mark.parametrize("M", [0, 4])
+def test_detection_loss_without_boxes_trains_the_objectness_only(scene, M):
+    *fields, grid = scene[0]
+    prediction = Prediction(*[field.requires_grad_() for field in fields], grid)
+    losses = detection_loss(prediction, torch.zeros(2, M, 5), BOTH)
+    losses["loss"].backward()
+    assert losses["iou"] == losses["cls"] == 0
+    assert losses["obj"].isfinite()
+    assert losses["num_fg"] == 1
+    assert prediction.obj.grad.abs().sum() > 0
+    assert prediction.box_cxcywh.grad.abs().sum() == 0
+
+
+def test_detection_loss_does_not_depend_on_padding_or_the_order_of_frames(scene):
+    (*fields, grid), targets = scene
+    want = detection_loss(*scene)["loss"]
+    padded = F.pad(targets, (0, 0, 0, 15))
+    torch.testing.assert_close(detection_loss(scene[0], padded)["loss"], want)
+    swapped = Prediction(*[field.flip(0) for field in fields], grid)
+    torch.testing.assert_close(detection_loss(swapped, targets.flip(0))["loss"], want)
+
+
+# ==== data.py
+
+
+UNMOVED = Augmentation(flip=0.0, zoom_stream=0.0, zoom_random=0.0)
+SAME_VIEW = View(False, 1.0, 0, 0)
+
+
+# ---- prepared sequences
+
+
+def moved_boxes(boxes, hw, view):
+    """(x, y, w, h, class) of the boxes that move_boxes keeps."""
+    return [tuple(np.round(box[1:6], 4)) for box in move_boxes(boxes, hw, view).tolist()]
+
+
+def test_move_boxes_clips_halves_and_drops_by_hand():
+    boxes = make_boxes([(0, -10, 4, 30, 20, 0),  # left edge out: x 0..20
+                        (0, 50, 30, 40, 40, 1),  # right and bottom out: to 63, 47, halved to 31, 23
+                        (0, 62.5, 10, 5, 10, 2),  # only in the last column: halved it is flat
+                        (0, 70, 10, 5, 10, 3),  # out of the frame
+                        (0, 3, 5, 7, 9, 4),
+                        (0, np.nan, 5, 7, 9, 5)])
+    assert moved_boxes(boxes, (48, 64), View(False, 0.5, 0, 0)) == [
+        (0, 2, 10, 10, 0), (25, 15, 6, 8, 1), (1.5, 2.5, 3.5, 4.5, 4)]
+    assert moved_boxes(boxes, (48, 64), SAME_VIEW) == [
+        (0, 4, 20, 20, 0), (50, 30, 13, 17, 1), (62.5, 10, 0.5, 10, 2), (3, 5, 7, 9, 4)]
+
+
+@pytest.mark.parametrize("view, expected", [
+    (SAME_VIEW, [(4, 6, 10, 8, 0), (20, 10, 8, 8, 1), (30, 20, 1, 3, 2)]),
+    (View(True, 1.0, 0, 0), [(17, 6, 10, 8, 0), (3, 10, 8, 8, 1), (0, 20, 1, 3, 2)]),
+    # window (8, 4) to (24, 16), edges end one short of it: the first box is cut left, the second
+    # right and below
+    (View(False, 2.0, 8, 4), [(0, 4, 12, 16, 0), (24, 12, 6, 10, 1)]),
+    # half size at (5, 3); the third box is beyond the small frame's last pixel, 15: flat
+    (View(False, 0.5, 5, 3), [(7, 6, 5, 4, 0), (15, 8, 4, 4, 1)]),
+    (View(True, 0.5, 5, 3), [(13.5, 6, 5, 4, 0), (6.5, 8, 4, 4, 1), (5, 13, 0.5, 1, 2)])])
+def test_move_boxes_flips_and_zooms_by_hand(view, expected):
+    boxes = make_boxes([(0, 4, 6, 10, 8, 0), (0, 20, 10, 8, 8, 1), (0, 30, 20, 1, 3, 2)])
+    assert moved_boxes(boxes, (24, 32), view) == expected
+    assert moved_boxes(boxes[:0], (24, 32), view) == []
+
+
+def test_sequence_attributes_and_frames_are_what_was_written(tmp_path):
+    flat = (62.5, 0, 5, 5, 0)  # at half resolution; a frame with no other box is unlabelled
+    frames = write_sequence(tmp_path / "val" / "b", {1: [BOX], 2: [flat], 4: [flat, BOX, BOX]}, 6)
+    write_sequence(tmp_path / "val" / "a", {}, 3)
+    (tmp_path / "val" / ".partial").mkdir()
+    (tmp_path / "val" / "notes.txt").write_text("")
+    a, b = open_split(tmp_path, "val", num_classes=2)
+    assert (a.name, a.length, len(a.label_frames), a.boxes) == ("a", 3, 0, [])
+    assert (b.name, b.path, b.length, b.hw) == ("b", tmp_path / "val" / "b", 6, (24, 32))
+    assert b.timestamps_us.tolist() == [50_000 * n for n in range(1, 7)]
+    assert b.label_frames.tolist() == [1, 4]
+    assert b.boxes[0].tolist() == [(100_000, 5, 4, 10, 8, 1, 1, 1)]
+    assert b.boxes[1].tolist() == [(250_000, 5, 4, 10, 8, 1, 1, 1)] * 2
+    assert np.array_equal(b.read(2, 6), frames[2:]) and b.read(3, 3).shape == (0, 20, 24, 32)
+    # into every other frame of a larger array, by a copy that went to another process
+    out = np.full((7, 2, 20, 24, 32), 9, np.uint8)
+    pickle.loads(pickle.dumps(b)).read(0, 6, out[:, 1])
+    assert np.array_equal(out[:6, 1], frames)
+    assert (out[:, 0] == 9).all() and (out[6] == 9).all()
+
+
+def test_sequence_takes_labels_of_other_fields_types_and_orders(tmp_path):
+    write_sequence(tmp_path / "a", {1: [BOX]}, 3)
+    dtype = [("class_id", ">u2"), ("t", "<u8"), *((name, "<f8") for name in "hwyx"), ("new", "?")]
+    labels = np.array([(3, 7, 16, 20, 8, 10, True)], dtype)
+    arrays = dict(labels=labels, objframe_idx_2_label_idx=np.array([0], np.uint32))
+    np.savez(tmp_path / "a/labels_v2/labels.npz", **arrays)
+    assert data.Sequence(tmp_path / "a").boxes[0].tolist() == [(7, 5, 4, 10, 8, 3, 1, 1)]
+
+
+def test_sequence_takes_the_half_resolution_file_where_both_are_there(tmp_path):
+    write_sequence(tmp_path / "a", {1: [BOX]}, 3, hw=(48, 64), half=False)
+    write_sequence(tmp_path / "b", {1: [BOX]}, 3)
+    assert data.Sequence(tmp_path / "a").hw == (48, 64)
+    half = Path(data.REPRESENTATION, data.FILES["half"])
+    os.rename(tmp_path / "b" / half, tmp_path / "a" / half)
+    assert data.Sequence(tmp_path / "a").hw == (24, 32)
+
+
+@pytest.mark.parametrize("filters", [
+    BLOSC, hdf5plugin.Blosc(cname="zstd", clevel=9, shuffle=0), hdf5plugin.Blosc(cname="lz4"),
+    hdf5plugin.Blosc(cname="zstd", clevel=0), hdf5plugin.Blosc(cname="zstd", shuffle=2),
+    hdf5plugin.Blosc2(cname="zstd"), dict(shuffle=True, **BLOSC), dict(compression="gzip")])
+def test_sequence_read_decodes_whatever_the_compression(tmp_path, filters):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 48, 64))
+    for name, fill in (("sparse", None), ("zero", 0), ("noise", noise)):
+        frames = write_sequence(tmp_path / name, {}, 3, hw=(48, 64), fill=fill, **filters)
+        assert np.array_equal(data.Sequence(tmp_path / name).read(0, 3), frames)
+
+
+def box_as_rvt(label, hw, half):
+    """(x, y, w, h) of one label in float32, step by step as RVT clips and halves it."""
+    one = np.float32
+    lows = []
+    lengths = []
+    for start, extent, side in (("x", "w", hw[1]), ("y", "h", hw[0])):
+        low = min(max(label[start], one(0)), one(side - 1))
+        length = min(max(label[start] + label[extent], one(0)), one(side - 1)) - low
+        if half:
+            high = min((low + length) * one(0.5), one(side / 2 - 1))
+            low = low * one(0.5)
+            length = high - low
+        lows.append(low)
+        lengths.append(length)
+    return (*lows, *lengths)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", ["gen1", "gen4", "etram"])
+def test_sequence_of_a_reference_set_reads_as_rvt_reads_it(kind, split):
+    (sequence,) = open_split(shared("reference/prepared") / kind / "out", split, num_classes=8)
+    half = kind != "gen1"
+    hw = (720, 1280) if half else (240, 304)
+    assert sequence.hw == ((360, 640) if half else hw)
+    with h5py.File(sequence.file, locking=False) as file:
+        assert sequence.length == len(file["data"])
+        assert np.array_equal(sequence.read(3, 6), file["data"][3:6])
+    stored = np.load(sequence.path / "labels_v2" / "labels.npz")
+    index = np.load(sequence.path / data.REPRESENTATION / "objframe_idx_2_repr_idx.npy")
+    parts = np.split(stored["labels"], stored["objframe_idx_2_label_idx"].astype(int))[1:]
+    expected = {}
+    for frame, labels in zip(index.tolist(), parts):
+        for label in labels:
+            box = box_as_rvt(label, hw, half)
+            if box[2] > 0 and box[3] > 0:
+                row = (label["t"], *box, label["class_id"], 1, 1)
+                expected.setdefault(frame, []).append(row)
+    assert sequence.label_frames.tolist() == list(expected)
+    for boxes, rows in zip(sequence.boxes, expected.values()):
+        assert boxes.tolist() == np.array(rows, BOX_DTYPE).tolist()
+
+
+def test_load_classes_takes_dataset_json_then_the_caller_then_numbers(tmp_path):
+    assert data.load_classes(tmp_path, (30, 50), 0) == ("30", "50")
+    assert data.load_classes(tmp_path, (), 3) == ("0", "1", "2")
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["a", "b"], "height": 1}))
+    assert data.load_classes(tmp_path, ("car", "tram"), 2) == ("a", "b")
+
+
+# ---- augmentation
+
+
+def window_of(view, hw):
+    """(height, width) of a View's window."""
+    return tuple(int(side * min(view.zoom, 1 / view.zoom)) for side in hw)
+
+
+def test_draw_view_stays_in_rvts_ranges_and_zooming_in_holds_a_box():
+    rng = np.random.default_rng(0)
+    H, W = 240, 304
+    boxes = make_boxes([(0, 200, 100, 40, 30, 0), (0, 10, 200, 12, 20, 1), (0, 0, 0, 303, 239, 2)])
+    views = [data.draw_view(rng, (H, W), boxes, Augmentation(), True) for _ in range(2000)]
+    held = np.zeros(3)
+    for view in views:
+        h, w = window_of(view, (H, W))
+        assert 1 / 1.2 <= view.zoom <= 1.5 and 0 <= view.y <= H - h and 0 <= view.x <= W - w
+        if view.zoom > 1:
+            left = np.where(view.flip, W - 1 - boxes["x"] - boxes["w"], boxes["x"])
+            in_x = (view.x <= left) & (left + boxes["w"] < view.x + w + 1)
+            held += in_x & (view.y <= boxes["y"]) & (boxes["y"] + boxes["h"] < view.y + h + 1)
+    assert held[0] > 450 and held[1] > 450
+    assert held[2] < 20  # it is larger than nearly all windows
+    assert abs(sum(view.flip for view in views) - 1000) < 100
+    assert abs(sum(view.zoom > 1 for view in views) - 1280) < 100
+    assert abs(sum(view.zoom < 1 for view in views) - 320) < 80
+    zooms = [data.draw_view(rng, (H, W), boxes, Augmentation(), False).zoom for _ in range(1000)]
+    assert max(zooms) == 1.0 and abs(sum(zoom < 1 for zoom in zooms) - 500) < 80
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_augment_and_index_map_equal_torch_nearest_exact_of_crop_and_canvas(share):
+    rng = np.random.default_rng(1)
+    zooms = Augmentation(zoom_random=0.9, zoom_in_share=share)
+    boxes = make_boxes([(0, 1, 2, 9, 7, 0)])
+    for _ in range(30):
+        hw = H, W = int(rng.integers(20, 400)), int(rng.integers(20, 700))
+        events = torch.from_numpy(rng.integers(0, 11, (2, 3, 2, H, W), dtype=np.uint8))
+        views = [data.draw_view(rng, hw, boxes, zooms, True) for _ in range(3)]
+        rows = torch.stack([index_map(H, view.y, view.zoom, False) for view in views])
+        cols = torch.stack([index_map(W, view.x, view.zoom, view.flip) for view in views])
+        out = augment(events, rows, cols)
+        assert torch.equal(augment(events.float(), rows, cols), out.float())
+        for b, view in enumerate(views):
+            frame = events[:, b].flip(-1) if view.flip else events[:, b]
+            h, w = window_of(view, hw)
+            window = np.s_[..., view.y:view.y + h, view.x:view.x + w]
+            expected = torch.zeros_like(frame)
+            if view.zoom >= 1:
+                expected = F.interpolate(frame[window], size=hw, mode="nearest-exact")
+            else:
+                expected[window] = F.interpolate(frame, size=(h, w), mode="nearest-exact")
+            assert torch.equal(out[:, b], expected)
+
+
+def test_index_map_by_hand():
+    assert index_map(6, 0, 1.0, True).tolist() == [5, 4, 3, 2, 1, 0]
+    assert index_map(6, 2, 2.0, False).tolist() == [2, 2, 3, 3, 4, 4]  # 3 pixels from the 2nd on
+    assert index_map(6, 2, 0.5, False).tolist() == [-1, -1, 1, 3, 5, -1]  # all 6 in 3, from the 2nd
+
+
+# ---- the plan
+
+
+def test_runs_by_hand(toy_set):
+    runs = data.Runs(toy_set, 4, seed=0, random=False)
+    # gaps longer than T = 4 cut: 6 -> 20, 22 -> 29, 13 -> 26
+    assert runs.runs == [
+        [(0, 0, 0, 4), (0, 0, 4, 7)], [(0, 17, 17, 21), (0, 17, 21, 23)], [(0, 26, 26, 30)],
+        [(1, 6, 6, 10), (1, 6, 10, 14)], [(1, 23, 23, 27)], [(2, 12, 12, 16)]]
+    assert runs.length == 9
+    windows = data.Runs(toy_set, 4, seed=0, random=True)  # frame 1 has no three frames before it
+    assert windows.runs[:3] == [[(0, 0, 0, 4)], [(0, 2, 2, 6)], [(0, 3, 3, 7)]]
+    assert windows.length == 6 + 6 + 1
+    assert data.Runs([], 4, 0, False).runs == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 13])  # fewer runs than slots is fine
+def test_runs_play_every_chunk_once_a_pass_in_order_within_a_run(toy_set, batch_size):
+    train = plan(toy_set, batch_size=batch_size)
+    L = train.steps_per_epoch
+    chunks = sum(data.Runs(toy_set, 4, 0, False).runs, [])
+    batches = [train[step] for step in range(2 * L)]
+    for b in range(batch_size):
+        begin = -(b * L // batch_size) % L  # the first step at which this slot begins a pass
+        seen = []
+        for batch in batches[begin:begin + L]:
+            sequence, frames = shown(batch, b)
+            is_first = (sequence - 1, frames[0]) in [chunk[:2] for chunk in chunks]
+            assert bool(batch.is_first[b]) == is_first
+            assert is_first or seen[-1] == (sequence - 1, frames[0] - 1)
+            seen += [(sequence - 1, frame) for frame in frames if frame >= 0]
+        expected = []
+        for index, _, start, end in chunks:
+            expected += [(index, frame) for frame in range(start, end)]
+        assert sorted(seen) == expected
+
+
+def test_pad_targets_pads_to_a_few_sizes():
+    for n, size in ((1, 16), (16, 16), (17, 32), (100, 128)):
+        boxes = make_boxes([(0, 2 * i, i, 4, 6, 3) for i in range(n)])
+        targets = data.pad_targets([boxes[:1], boxes, boxes[:0]])
+        assert targets.shape == (3, size, 5) and targets.dtype == torch.float32
+        assert targets[1, n - 1].tolist() == [3, 2 * (n - 1) + 2, n - 1 + 3, 4, 6]
+        assert not targets[1, n:].any() and not targets[2].any()
+
+
+def test_train_data_labelled_frames_carry_their_boxes_and_what_ends_is_zeros(toy_set):
+    train = plan(toy_set, augmentation=UNMOVED, batch_size=3)
+    padded = 0
+    for step in range(12):
+        batch = train[step]
+        assert batch.has_boxes and batch.frames.any(0).all()
+        for b in range(3):
+            sequence, frames = shown(batch, b)
+            labelled = toy_set[sequence - 1].label_frames
+            assert batch.frames[:, b].tolist() == [frame in labelled for frame in frames]
+            played = torch.tensor(frames) >= 0
+            assert torch.equal(batch.events[:, b].flatten(1).any(1), played)
+            padded += int(not played.all())
+        expected = torch.zeros(int(batch.frames.sum()), 16, 5)
+        expected[:, 0] = torch.tensor([1, 10.0, 8.0, 10.0, 8.0])
+        assert torch.equal(batch.targets, expected)
+    assert padded == 8  # runs of 7 and 6 frames, in chunks of 4
+
+
+def test_train_data_random_windows_end_at_a_labelled_frame_and_start_from_a_reset_state(toy_set):
+    train = plan(toy_set, sampling="random", batch_size=1)
+    assert train.steps_per_epoch == 13
+    ends = []
+    for step in range(13):
+        batch = train[step]
+        sequence, frames = shown(batch, 0)
+        assert batch.is_first and frames == list(range(frames[0], frames[0] + 4))
+        assert frames[-1] in toy_set[sequence - 1].label_frames
+        ends.append((sequence, frames[-1]))
+    assert len(set(ends)) == 13 and ends != sorted(ends)
+
+
+@pytest.mark.parametrize("B, weights, streams", [
+    (2, (1, 1), 1), (4, (1, 1), 2), (4, (9, 1), 3), (5, (1, 20), 1), (6, (1, 2), 2)])
+def test_train_data_mixed_holds_streams_and_windows_in_proportion(toy_set, B, weights, streams):
+    options = dict(mixed_stream=weights[0], mixed_random=weights[1])
+    train = plan(toy_set, sampling="mixed", batch_size=B, **options)
+    firsts = torch.stack([train[step].is_first for step in range(9)])
+    assert firsts[:, streams:].all() and not firsts[:, :streams].all(0).any()
+
+
+@pytest.mark.parametrize("sampling", ["stream", "random", "mixed"])
+def test_train_data_of_processes_and_accumulation_is_that_of_one_larger_batch(toy_set, sampling):
+    whole = plan(toy_set, sampling=sampling, batch_size=4)
+    ranks = [plan(toy_set, sampling=sampling, rank=rank, world_size=2) for rank in range(2)]
+    folded = plan(toy_set, sampling=sampling, gradient_accumulation_steps=2)
+
+    def slots(*batches):
+        found = []
+        for batch in batches:
+            for b in range(len(batch.is_first)):
+                found.append((shown(batch, b), batch.rows[b].tolist(), batch.cols[b].tolist()))
+        return sorted(found) if sampling == "mixed" else found  # there, streams come first
+
+    assert not same_batch(whole[0], plan(toy_set, sampling=sampling, batch_size=4, seed=1)[0])
+    for step in range(6):
+        assert slots(whole[step]) == slots(ranks[0][step], ranks[1][step])
+        assert same_batch(ranks[0][step], folded[2 * step])
+        assert same_batch(ranks[1][step], folded[2 * step + 1])
+
+
+def test_train_data_view_is_constant_along_a_run_whatever_its_boxes_and_differs_in_others(tmp_path):
+    labels = {}
+    for i, n in enumerate((1, 2, 5, 1, 5)):  # boxes in chunks of two runs
+        others = [(3.0 * j, 4, 12, 10, 1) for j in range(n - 1)]
+        labels[4 * i + 3] = labels[4 * i + 33] = [(2, 2, 20, 16, 0), *others]
+    write_sequence(tmp_path / "train" / "a", labels, 60, hw=(48, 64))
+    sequences = open_split(tmp_path, "train")
+    zooms = Augmentation(zoom_stream=1.0, zoom_out_max=2.0)
+    seen = []
+    for seed in range(25):
+        train = plan(sequences, batch_size=1, seed=seed, augmentation=zooms)
+        for step in range(10):
+            batch = train[step]
+            assert int(batch.is_first) == (step % 5 == 0)
+            view = batch.rows.tolist() + batch.cols.tolist()
+            if batch.is_first:
+                assert view not in seen
+                seen.append(view)
+            assert view == seen[-1]
+
+
+def test_train_data_makes_a_filler_where_a_zoom_empties_all_frames(tmp_path):
+    # at half resolution to (30.95, 22.95), zoomed out beyond the small frame's last pixel
+    boxes = {frame: [(61.2, 45.2, 0.7, 0.7, 0)] for frame in range(3, 12)}
+    write_sequence(tmp_path / "train" / "a", boxes, 12, seed=1)
+    sequences = open_split(tmp_path, "train")
+    train = plan(sequences, augmentation=Augmentation(0.0, zoom_stream=1.0, zoom_out_max=1.5))
+    batch = next(batch for batch in map(train.__getitem__, range(200)) if not batch.has_boxes)
+    assert batch.frames.sum() == 1 and torch.equal(batch.targets, torch.zeros(1, 16, 5))
+    assert plan(sequences, augmentation=UNMOVED)[0].has_boxes
+
+
+def train_on(batch):
+    """The loss of a tiny detector on a batch, and whether a step then changed its weights."""
+    model = tiny_detector(input_hw=tuple(batch.events.shape[-2:])).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = model.heads[0].obj_pred.bias.clone()
+    events = data.augment(batch.events, batch.rows, batch.cols)
+    loss = detection_loss(model(events, None, batch.frames)[0], batch.targets)["loss"]
+    loss.backward()
+    optimizer.step()
+    return loss.item(), not torch.equal(before, model.heads[0].obj_pred.bias)
+
+
+def test_train_data_change_events_draws_once_a_run_or_in_each_chunk(toy_set):
+    class Noisy(TrainData):
+        def change_events(self, events, seed, start):
+            if np.random.default_rng(seed).random() < 0.5:  # for a whole run
+                events[:] = np.roll(events, 10, axis=1)
+            events *= np.random.default_rng((*seed, start)).random(events.shape) < 0.9
+
+    options = dict(seed=0, sampling="stream", sequence_length=4, batch_size=2)
+    noisy, plain = Noisy(toy_set, **options), TrainData(toy_set, **options)
+    flips = []
+    for step in range(9):
+        got, events = noisy[step].events[:, 0], plain[step].events[:, 0]
+        flips.append(not (got <= events).all())
+        assert plain[step].is_first[0] or flips[-1] == flips[-2]
+        assert 0.8 < (got > 0).sum() / (events > 0).sum() < 1.0
+        assert same_batch(noisy[step], noisy[step])
+    assert 0 < sum(flips) < 9
+    loss, changed = train_on(noisy[0])
+    assert changed and loss != train_on(plain[0])[0]
+
+
+def test_train_data_plays_a_format_of_ones_own(toy_set):
+    class InMemory:
+        path, name, hw, length = Path("set/train/a"), "a", (24, 32), 12
+        label_frames = np.array([3, 7, 8])
+        boxes = [make_boxes([(0, 5, 4, 10, 8, 1)])] * 3
+        frames = np.random.default_rng(0).poisson(0.1, (12, 20, 24, 32)).astype(np.uint8)
+
+        def read(self, start, stop, out):
+            out[:stop - start] = self.frames[start:stop]
+
+    batch = plan([InMemory()], augmentation=UNMOVED)[0]
+    assert np.array_equal(batch.events[:, 0], InMemory.frames[:4])
+    assert batch.frames[:, 0].tolist() == [False, False, False, True]
+    assert train_on(batch)[1]
+
+
+@pytest.mark.parametrize("workers, start", [(0, 5), (3, 5), (0, 7), (2, 8)])
+def test_make_loader_is_the_same_for_any_number_of_workers_and_any_start(toy_set, workers, start):
+    train = plan(toy_set, sampling="mixed", batch_size=3)
+    loader = data.make_loader(train.__getitem__, start, workers)
+    for step in range(start, 11):
+        got = next(loader)
+        assert type(got) is data.Batch
+        assert same_batch(got, plan(toy_set, sampling="mixed", batch_size=3)[step])
+    loader.close()
+
+
+# ---- inspection
+
+
+def test_data_main_counts_and_draws_what_a_set_holds(tmp_path, capsys):
+    make_set(tmp_path, [[1, 3], [5]], length=10)
+    make_set(tmp_path, [[2]], "val", length=10)
+    data.main([str(tmp_path), "--class_names=car,bike", f"--picture={tmp_path}/sizes.png"])
+    train, boxes, val, _ = capsys.readouterr().out.splitlines()
+    assert train == "train: 2 sequences, 3 labelled frames"
+    assert boxes.split() == ["3", "boxes", "of", "bike,", "median", "side", "9", "px"]
+    assert val == "val: 1 sequences, 1 labelled frames"
+    assert (tmp_path / "sizes.png").stat().st_size > 1000
+
+
+def test_data_main_warns_where_its_picture_cannot_be_written(tmp_path, capsys):
+    make_set(tmp_path, [[1]], length=3)
+    (tmp_path / "file").touch()
+    data.main([str(tmp_path), "--split=train", f"--picture={tmp_path}/file/sizes.png"])
+    assert "WARNING: no picture" in capsys.readouterr().out
+
+
+# ==== train.py
+
+
+# ---- schedule and configs
+
+
+@pytest.mark.parametrize("steps", [400, 1000, 100_000])
+def test_learning_rate_at_equals_torchs_one_cycle(steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2e-4, total_steps=steps, pct_start=0.005, div_factor=20,
+        final_div_factor=10_000 / 20, anneal_strategy="linear", cycle_momentum=False)
+    for step in range(min(steps - 1, 2000)):
+        want = optimizer.param_groups[0]["lr"]
+        assert train.learning_rate_at(step, steps, 2e-4) == pytest.approx(want, rel=1e-6)
+        optimizer.step()
+        cycle.step()
+    assert train.learning_rate_at(steps - 1, steps, 2e-4) == pytest.approx(2e-8)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 199, 201])
+def test_learning_rate_at_works_for_any_number_of_steps(steps):
+    rates = [train.learning_rate_at(step, steps, 1.0) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+TABLE = {  # patch, stages, weight or None, steps, batch, eval batch, interval, rate
+    "baseline_3scale": (4, (2, 3, 4), None, 100_000, 6, 2, 3500, 1.7e-4),
+    "4scale": (4, (1, 2, 3, 4), None, 100_000, 6, 2, 3500, 1.7e-4),
+    "4scale_sizeaware": (4, (1, 2, 3, 4), 2.5, 100_000, 6, 2, 3500, 1.7e-4),
+    "3scale_sizeaware": (4, (2, 3, 4), 2.5, 100_000, 6, 2, 3500, 1.7e-4),
+    "3scale_sizeaware_attention": (4, (2, 3, 4), 2.0, 100_000, 6, 2, 3500, 1e-3),
+    "patch2_sizeaware": (2, (2, 3, 4), 2.0, 100_000, 2, 2, 3500, 1e-4),
+    "patch2_4scale_sizeaware": (2, (1, 2, 3, 4), 2.0, 200_000, 2, 2, 5000, 1e-4),
+    "patch3_4scale_sizeaware": (3, (1, 2, 3, 4), 2.0, 200_000, 4, 4, 5000, 1.4e-4),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_configs_say_what_the_notes_say(name):
+    path = str(ROOT / "configs" / f"{name}.py")
+    config = SimpleNamespace(**configurator.configure(train.defaults, [path]))
+    weight = config.size_aware_weight if config.size_aware_loss else None
+    assert TABLE[name] == (
+        config.patch_size, config.fpn_stages, weight, config.max_steps, config.batch_size,
+        config.eval_batch_size, config.eval_interval, config.learning_rate)
+    assert (config.sequence_length, config.sampling) == (5, "stream")
+    assert config.weight_type == "exponential"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_train_two_steps_and_evaluate_from_their_checkpoint(
+        name, traffic, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "pictures", lambda *a: None)  # slow; tested elsewhere
+    file = str(ROOT / "configs" / name)
+    argv = [*TINY, "--sequence_length=2", f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
+    assert run_train(file, *argv, "--max_steps=2") == 0
+    checkpoint = checkpoint_of(tmp_path)
+    assert checkpoint["step"] == 2 and checkpoint["config"]["num_classes"] == 8
+    written = configurator.configure(train.defaults, [file])
+    for key in ("patch_size", "fpn_stages", "size_aware_loss", "size_aware_weight", "sampling"):
+        assert checkpoint["config"][key] == written[key]
+    again = configurator.configure(train.defaults, [str(tmp_path / "config.py")])
+    assert again == checkpoint["config"]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+    evaluation.main(["--ckpt", str(tmp_path / "ckpt.pt")])
+    reports = list((tmp_path / "eval").glob("*.json"))
+    assert json.loads(reports[0].read_text())
+
+
+# ---- weights and precision
+
+
+def test_train_starts_from_weights_of_its_own(traffic, tmp_path):
+    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=1", "--learning_rate=1e-12"]
+    assert run_train(*argv, f"--out_dir={tmp_path}/a", "--seed=1") == 0
+    start = f"--init_from={tmp_path}/a/ckpt.pt"
+    assert run_train(*argv, f"--out_dir={tmp_path}/b", start) == 0
+    a, b = checkpoint_of(tmp_path / "a")["model"], checkpoint_of(tmp_path / "b")["model"]
+    torch.testing.assert_close(a["stages.0.conv.weight"], b["stages.0.conv.weight"])
+    with pytest.raises(ValueError, match="do not fit"):
+        train.main([*argv, f"--out_dir={tmp_path}/c", start, "--embed_dim=32"])
+
+
+def test_train_starts_from_weights_of_rvt(traffic, tmp_path):
+    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)["checkpoint"]
+    torch.save(reference, tmp_path / "rvt.ckpt")
+    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=1", "--learning_rate=1e-12"]
+    argv += ["--embed_dim=32", "--dim_head=32"]
+    assert run_train(*argv, f"--out_dir={tmp_path}/a", f"--init_from={tmp_path}/rvt.ckpt") == 0
+    weight = checkpoint_of(tmp_path / "a")["model"]["stages.0.conv.weight"]
+    want = reference["state_dict"]["mdl.backbone.stages.0.downsample_cf2cl.conv.weight"]
+    torch.testing.assert_close(weight, want.float())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_train_in_half_precision_on_a_cpu(dtype, traffic, tmp_path):
+    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=2"]
+    assert run_train(*argv, f"--dtype={dtype}") == 0
+    assert math.isfinite(checkpoint_of(tmp_path)["progress"]["log"][0]["loss"])
+
+
+# ---- resume
+
+
+def test_resume_equals_an_unbroken_run_also_where_the_validation_broke(
+        traffic, tmp_path, monkeypatch):
+    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=4", "--log_interval=3"]
+    argv += ["--eval_interval=2"]
+    assert run_train(*argv, f"--out_dir={tmp_path}/whole") == 0
+    broken = f"--out_dir={tmp_path}/broken"
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detect, "run", full)
+        with pytest.raises(ValueError, match="out of memory.*eval_batch_size"):
+            train.main([*argv, broken])
+    assert checkpoint_of(tmp_path / "broken")["step"] == 2
+    assert run_train(broken, "--init_from=resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_resume_takes_changed_options_and_a_moved_folder(traffic, tmp_path):
+    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=1"]
+    assert run_train(*argv, f"--out_dir={tmp_path}/a/") == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    options = ["--init_from=resume", "--max_steps=2", "--weight_decay=0.5"]
+    assert run_train(f"--out_dir={tmp_path}/b", *options) == 0
+    checkpoint = checkpoint_of(tmp_path / "b")
+    assert checkpoint["step"] == 2
+    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert "init_from = 'scratch'" in (tmp_path / "b/config.py").read_text()
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("option", ["--sequence_length=2", "--batch_size=1", "--seed=3"])
+def test_resume_with_other_streams_starts_their_states_at_zero(
+        option, traffic, tmp_path, monkeypatch, capsys):
+    argv = [f"--out_dir={tmp_path}", "--max_steps=1"]
+    assert run_train(*TINY, f"--data_dir={traffic}", *argv) == 0
+    assert any(x.any() for x in checkpoint_of(tmp_path)["states"][0][0])
+    assert run_train(*argv, "--init_from=resume", option) == 0
+    assert "their states start at 0" in capsys.readouterr().out
+
+
+# ---- processes
+
+
+def torchrun(*argv, start=subprocess.run, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               "--master_port=29567", *argv]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return start(command, text=True, cwd=ROOT, env=env, **options)
+
+
+def test_two_processes_train_as_one_that_accumulates(traffic, tmp_path):
+    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=2", "--eval_interval=2"]
+    one = [f"--out_dir={tmp_path}/one", "--gradient_accumulation_steps=4"]
+    assert run_train(*argv, *one) == 0
+    two = [f"--out_dir={tmp_path}/two", "--gradient_accumulation_steps=2"]
+    done = torchrun("train.py", *argv, *two, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    one, two = checkpoint_of(tmp_path / "one"), checkpoint_of(tmp_path / "two")
+    for key, value in one["model"].items():
+        if "running" not in key and "num_batches" not in key:  # of the first process alone
+            torch.testing.assert_close(two["model"][key], value, rtol=1e-3, atol=1e-5, msg=key)
+    one, two = one["progress"]["log"][0], two["progress"]["log"][0]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_two_processes_stop_at_one_step_by_sigterm_resume_and_evaluate(traffic, tmp_path):
+    argv = ["train.py", *TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
+    process = torchrun(*argv, "--eval_interval=2", start=subprocess.Popen,
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None and not (tmp_path / "best.pt").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    checkpoint = checkpoint_of(tmp_path)
+    step = checkpoint["step"]
+    assert f"stopped at step {step}" in output
+    assert len(checkpoint["states"]) == 2 and step >= 2
+    again = ["--init_from=resume", f"--max_steps={step + 1}"]
+    more = torchrun("train.py", f"--out_dir={tmp_path}", *again, capture_output=True)
+    assert more.returncode == 0, more.stderr
+    assert checkpoint_of(tmp_path)["step"] == step + 1
+    done = torchrun("eval.py", f"--ckpt={tmp_path}/ckpt.pt", capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- changes in one place
+
+
+def test_another_schedule_is_one_function(traffic, tmp_path, monkeypatch):
+    def cosine(step, max_steps, peak):
+        return peak * (1 + math.cos(math.pi * step / max_steps)) / 2
+
+    monkeypatch.setattr(train, "learning_rate_at", cosine)
+    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=2"]
+    assert run_train(*argv, "--log_interval=1", "--learning_rate=1e-3") == 0
+    assert checkpoint_of(tmp_path)["progress"]["log"][1]["lr"] == pytest.approx(5e-4)
+
+
+def test_another_logged_scalar_is_one_key_of_the_losses(traffic, tmp_path, monkeypatch):
+    plain = train.detection_loss
+
+    def with_largest(prediction, targets, size_aware):
+        largest = prediction.box_cxcywh[..., 2:].amax()
+        return plain(prediction, targets, size_aware) | {"largest_side": largest}
+
+    monkeypatch.setattr(train, "detection_loss", with_largest)
+    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1"]
+    assert run_train(*argv) == 0
+    assert checkpoint_of(tmp_path)["progress"]["log"][0]["largest_side"] > 0
+    assert "largest_side" in (tmp_path / "log.csv").read_text()
+
+
+# ==== configurator.py
+
+
+@pytest.mark.parametrize("argv, key, want", [
+    (["--learning_rate=1"], "learning_rate", 1.0),
+    (["--batch_size", "4"], "batch_size", 4),
+    (["--fpn_stages", "1,2"], "fpn_stages", (1, 2)),
+    (["--compile=false"], "compile", False),
+    (["--compile", "--batch_size=1"], "compile", True),
+    (["--names=car,bus"], "names", ("car", "bus")),
+    (["--names=tram"], "names", ("tram",)),
+    (["--names=30"], "names", (30,)),
+    (["--names="], "names", ()),
+    (["--out_dir=3"], "out_dir", "3"),
+])
+def test_configure_reads_options_by_the_type_of_their_default(argv, key, want):
+    got = configurator.configure(KEYS, argv)[key]
+    assert got == want and type(got) is type(want)
+
+
+def test_configure_leaves_the_defaults_as_they_are():
+    configurator.configure(KEYS, ["--batch_size=4"])
+    assert KEYS["batch_size"] == 6
+
+
+def test_configure_applies_files_and_options_in_order(tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text("batch_size = 3\n_half = batch_size * 0.5\nlearning_rate = _half / 100\n")
+    config = configurator.configure(KEYS, ["--batch_size=7", str(file), "--names=b"])
+    assert config == KEYS | dict(batch_size=3, learning_rate=0.015, names=("b",))
+    assert configurator.configure(KEYS, [str(file), "--batch_size=5"])["batch_size"] == 5
+
+
+def test_dump_is_a_config_file_that_gives_the_same_config(tmp_path):
+    config = configurator.configure(KEYS, ["--batch_size=5", "--names=car,bus"])
+    (tmp_path / "b.py").write_text(configurator.dump(config))
+    assert configurator.configure(KEYS, [str(tmp_path / "b.py")]) == config
+
+
+def test_command_line_ends_in_one_line_for_a_mistake_and_in_130_for_ctrl_c():
+    def mistaken(argv):
+        raise ValueError("two\n  lines")
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="^error: two lines$"):
+        configurator.command_line(mistaken)
+    with pytest.raises(SystemExit, match="^130$"):
+        configurator.command_line(interrupted)
+
+
+def test_command_line_shows_where_a_bug_is():
+    def buggy(argv):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        configurator.command_line(buggy)
+
+
+# ==== detect.py
+
+
+def greedy(box, score, label, iou):
+    """Non-maximum suppression by its definition, box by box."""
+
+    def clash(i, j):
+        low = np.maximum(box[i][:2], box[j][:2])
+        high = np.minimum(box[i][2:], box[j][2:])
+        both = np.prod(np.clip(high - low, 0, None))
+        areas = np.prod(box[j][2:] - box[j][:2]) + np.prod(box[i][2:] - box[i][:2])
+        return label[i] == label[j] and both > 0 and both / (areas - both) > iou
+
+    kept = []
+    for i in sorted(range(len(score)), key=lambda i: -float(score[i])):
+        if not any(clash(i, j) for j in kept):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("n", [0, 1, 8, 60, 150, 250])
+@pytest.mark.parametrize("decimals", [0, 6])
+def test_nms_is_the_greedy_definition(n, decimals):
+    rng = np.random.default_rng(n)
+    # Whole numbers: equal boxes and scores, overlaps of exactly the threshold.
+    corner = rng.uniform(0, 60, (n, 2)).round(decimals).astype("f4")
+    size = rng.uniform(0, 30, (n, 2)).round(decimals).astype("f4")
+    score = rng.random(n).round(decimals + 1)
+    box = np.concatenate((corner, corner + size), axis=1)
+    label = rng.integers(0, 3, n)
+    tensors = [torch.from_numpy(x) for x in (box, score, label)]
+    for iou in (0.45, 0.5):
+        want = greedy(box, score, label, iou)
+        assert nms(*tensors, iou).tolist() == want
+        assert nms(*tensors, iou, block=16).tolist() == want
+
+
+def test_nms_of_many_boxes_in_bounded_blocks():
+    torch.manual_seed(0)
+    corner = 8 * torch.randint(0, 40, (20_000, 2)).float()
+    box = torch.cat((corner, corner + 10), 1)  # neighbours overlap by less than the threshold
+    kept = nms(box, torch.rand(20_000), torch.zeros(20_000), 0.45)
+    assert len(kept) == len(corner.unique(dim=0)) == len(corner[kept].unique(dim=0))
+
+
+# ---- detections
+
+
+def test_detections_by_hand():
+    first, second = detections(four_anchors(), [7, 8])
+    # Anchor 2 (0.72, class 0) drops anchor 0 (0.45, class 0); anchor 1 is of class 1 (0.54).
+    assert len(second) == 0
+    assert first["class_id"].tolist() == [0, 1]
+    np.testing.assert_allclose(first["class_confidence"], [0.8, 0.6], rtol=1e-5)  # p_cls ranks
+    np.testing.assert_allclose(first["confidence"], [0.72, 0.54], rtol=1e-5)
+    assert [first[0][name] for name in ("t", "x", "y", "w", "h")] == [7, 16, 20, 10, 20]
+    ranked_by_product = detections(four_anchors(), [7, 8], score="obj*cls", confidence=0.6)[0]
+    np.testing.assert_allclose(ranked_by_product["class_confidence"], [0.72], rtol=1e-5)
+
+
+# ---- run
+
+
+def some_sequences(count=5):
+    streams = [("c", 12, (1, 4, 9)), ("a", 20, (0, 3, 8, 19)), ("b", 7, (1, 6)), ("d", 9, (0,))]
+    streams.append(("e", 5, ()))  # name, length, labelled frames
+    return [MemorySequence(*stream) for stream in streams[:count]]
+
+
+@pytest.mark.parametrize("attention", (False, True))
+def test_run_does_not_depend_on_batches_chunks_order_or_workers(attention):
+    model = small_detector(small_object_attention=attention)
+    sequences = some_sequences()
+    labels, want = run(model, sequences, 1, 2)
+    times = []
+    for sequence in sorted(sequences, key=lambda sequence: sequence.name):
+        times += [sequence.timestamps_us[t] for t in sequence.label_frames]
+    assert [boxes["t"][0] for boxes in labels] == times
+    assert min(map(len, want)) > 5
+    for batch, T, workers in ((3, 3, 0), (8, 30, 0), (2, 2, 2)):
+        again, got = run(model, sequences[::-1], batch, T, num_workers=workers)
+        same_boxes(got, want)
+        assert all((a == b).all() for a, b in zip(again, labels))
+    for none in ([], sequences[-1:]):  # without labels
+        assert run(model, none, 2, 5) == ([], [])
+
+
+def test_run_carries_the_state_through_a_sequence_and_no_further():
+    model = small_detector()
+    sequence = MemorySequence("a", 20, (3, 19))
+    labelled = torch.zeros(20, 1, dtype=torch.bool)
+    labelled[[3, 19]] = True
+    with torch.inference_mode():
+        prediction, _ = model(torch.from_numpy(sequence.data[:, None]), None, labelled)
+    want = detections(prediction, sequence.timestamps_us[[3, 19]])
+    before = MemorySequence("b", 30, (2, 29))  # longer, so that it plays first
+    same_boxes(run(model, [sequence, before], 1, 4)[1][:2], want)
+
+
+def test_run_starts_T_minus_1_frames_before_the_first_label_and_leaves_the_model_as_it_was():
+    model = small_detector().train()
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    sequence = MemorySequence("a", 12, (8,))
+    want = run(model, [sequence], 1, 3)[1]
+    sequence.data[:6] = 0
+    same_boxes(run(model, [sequence], 1, 3)[1], want, 0)
+    sequence.data[6] = 0
+    assert not np.array_equal(run(model, [sequence], 1, 3)[1][0]["x"], want[0]["x"])
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers()))
+
+
+def run_as_one_of_two(rank, store, folder):
+    torch.set_num_threads(1)
+    options = {"init_method": f"file://{store}", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **options)
+    for count in (5, 1):  # one sequence only: rank 1 has none
+        found = run(small_detector(), some_sequences(count), 2, 3)[1]
+        np.savez(f"{folder}/{rank}_{count}.npz", *found)
+    torch.distributed.destroy_process_group()
+
+
+def test_run_in_two_processes_equals_one(tmp_path):
+    torch.multiprocessing.spawn(run_as_one_of_two, (tmp_path / "store", tmp_path), nprocs=2)
+    for count in (5, 1):
+        want = run(small_detector(), some_sequences(count), 2, 3)[1]
+        for rank in range(2):
+            same_boxes(list(np.load(tmp_path / f"{rank}_{count}.npz").values()), want)
+
+
+# ---- StreamDetector
+
+
+@pytest.mark.parametrize("attention", (False, True))
+def test_stream_detector_equals_the_chunked_forward_pass(attention):
+    model = small_detector(small_object_attention=attention)
+    sequence = MemorySequence("a", 6, range(6))
+    want = run(model, [sequence], 1, 6)[1]
+    detector = StreamDetector(model)
+    for _ in range(2):
+        got = [detector(frame, t) for frame, t in zip(sequence.data, sequence.timestamps_us)]
+        same_boxes(got, want)
+        assert got[0].dtype == BOX_DTYPE
+        detector.reset()
+    assert min(detector.ms) > 0
+    assert detector(torch.from_numpy(sequence.data[0]))["t"][0] == 50_000
+    assert not isinstance(model.heads[0].stem.bn, torch.nn.Identity)  # it folded a copy
+
+
+def test_stream_detector_in_bfloat16_finds_about_the_same():
+    model = small_detector(hw=(64, 320))
+    frame = MemorySequence("a", 2, (1,), (64, 320)).data[0]
+    exact = StreamDetector(model, torch.float32)(frame)
+    coarse = StreamDetector(model, torch.bfloat16)(frame)
+    assert abs(len(exact) - len(coarse)) <= 0.1 * len(exact)
+    right = (exact["x"] > 250).sum()
+    assert right  # cells beyond 256 keep their place
+    assert abs((coarse["x"] > 250).sum() - float(right)) <= 0.2 * right
+
+
+# ---- scores
+
+
+@pytest.mark.parametrize("hw", [(720, 1280), (360, 640), (240, 304), (480, 640)])
+def test_prophesee_filter_in_proportion_to_the_sensor(hw):
+    diagonal, side = (60, 20) if hw[1] == 1280 else (30, 10)
+    long = (diagonal**2 - side**2) ** 0.5 + 0.01
+    sizes = [(side, long), (side - 0.1, 2 * long), (side, long - 0.1), (long, side)]
+    rows = [(0, 0, *size) for size in sizes]
+    late, early = some_boxes(500_001, rows), some_boxes(500_000, rows)
+    assert (prophesee_filter(late, hw[1])["h"] == late["h"][[0, 3]]).all()
+    assert len(prophesee_filter(early, hw[1])) == 0
+    both = [late, early]
+    assert score_boxes(both, both, *hw, NAMES, "prophesee")["boxes"] == 2
+
+
+def as_coco(frames, kept, ids):
+    """COCO object of the boxes of the classes `ids` in the frames `kept`."""
+    coco = COCO()
+    entries = []
+    for k in kept:
+        for box in frames[k][np.isin(frames[k]["class_id"], ids)]:
+            entry = {"id": len(entries) + 1, "image_id": k, "iscrowd": 0}
+            entry |= {"category_id": int(box["class_id"]), "area": float(box["w"] * box["h"])}
+            entry["bbox"] = [float(box[name]) for name in "xywh"]
+            entry["score"] = float(box["class_confidence"])
+            entries.append(entry)
+    images = [{"id": k} for k in kept]
+    categories = [{"id": i} for i in ids]
+    coco.dataset = {"images": images, "categories": categories, "annotations": entries}
+    coco.createIndex()
+    return coco
+
+
+def pycocotools_scores(labels, dets, ids, agnostic):
+    """The scores by pycocotools' own classes, as RVT calls them: the independent oracle."""
+    kept = [k for k, boxes in enumerate(labels) if len(boxes)]
+    with redirect_stdout(None):
+        coco = COCOeval(as_coco(labels, kept, ids), as_coco(dets, kept, ids), "bbox")
+        coco.params.useCats = int(not agnostic)
+        coco.params.areaRng = [(0, 1e10), *SIZES.values()]
+        coco.params.areaRngLbl = ["all", *SIZES]
+        coco.evaluate()
+        coco.accumulate()
+
+    def mean(values):
+        return values[values > -1].mean() if (values > -1).any() else -1
+
+    p, r = coco.eval["precision"], coco.eval["recall"]
+    scores = {"AP50": mean(p[0, ..., 0, 2]), "AP75": mean(p[5, ..., 0, 2])}
+    scores |= {"AR1": mean(r[..., 0, 0]), "AR10": mean(r[..., 0, 1])}
+    for k, size in enumerate(("", "_T", "_S", "_M", "_L")):
+        scores["AP" + size] = mean(p[..., k, 2])
+        scores["AR" + (size or "100")] = mean(r[..., k, 2])
+    return scores
+
+
+def same_scores(got, want):
+    assert {name: got[name] for name in want} == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_score_boxes_equals_pycocotools(seed):
+    # None is found, ties of scores and boxes without area, more than COCO's 100 in a frame.
+    labels, dets = random_frames(seed, found=(30, 30, 0, 130, 60, 130)[seed], ties=seed % 2 == 1)
+    for ids in (range(4), (0, 2)):
+        for agnostic in (False, True):
+            got = score_boxes(labels, dets, 360, 640, NAMES, "none", agnostic, ids)
+            same_scores(got, pycocotools_scores(labels, dets, ids, agnostic))
+    rows = score_boxes(labels, dets, 360, 640, NAMES)["classes"]
+    for i, name in enumerate(NAMES):
+        same_scores(rows[name], pycocotools_scores(labels, dets, [i], False))
+        assert rows[name]["boxes"] == sum((boxes["class_id"] == i).sum() for boxes in labels)
+        assert rows[name]["frames"] == sum(len(boxes) > 0 for boxes in labels)
+
+
+def test_score_boxes_equals_rvt_and_its_fork_on_the_reference():
+    arrays = np.load(shared("reference/scores.npz"))
+    for case in json.loads(shared("reference/scores.json").read_text()):
+        sides = [arrays[f"{case['case']}_{side}"] for side in ("labels", "detections")]
+        times = np.unique(np.concatenate([side["t"] for side in sides]))
+        frames = [[side[side["t"] == t] for t in times] for side in sides]
+        scene = case["height"], case["width"], [str(i) for i in range(case["classes"])]
+        fork = {"class_agnostic": True, "class_ids": range(min(3, case["classes"]))}
+        for protocol, options in {"prophesee_class_mean": {}, "fork_overall": fork}.items():
+            scores = score_boxes(*frames, *scene, "prophesee", **options)
+            for key, value in case.get(protocol, {}).items():
+                for theirs, ours in (("AR_max_det=", "AR"), ("AP_5", "AP5"), ("AP_7", "AP7")):
+                    key = key.replace(theirs, ours)
+                assert abs(scores[key] - value) < 1e-9
+
+
+def test_score_boxes_without_detections_is_zero():
+    truth = some_boxes(0, [(10, 10, 20, 20)])
+    missed = score_boxes([truth], [truth[:0]], 64, 64, NAMES)
+    assert missed["boxes"] == 1
+    assert type(missed["AP"]) is float  # a checkpoint holds the best, and loads no numpy scalar
+    assert missed["AP"] == missed["AR100"] == missed["AP_S"] == 0
+    assert missed["AP_M"] == missed["AP_T"] == -1
+    assert missed["classes"]["car"]["AP"] == -1  # a class without labels stays out of the mean
+
+
+def test_score_boxes_without_labels_is_undefined_and_prints_nothing(capfd):
+    some = some_boxes(0, [(10, 10, 20, 20)])
+    none = some[:0]
+    for labels, dets in (([], []), ([none], [none]), ([none], [some])):
+        scores = score_boxes(labels, dets, 64, 64, NAMES)
+        assert scores["frames"] == 0
+        assert scores["AP"] == scores["AP_L"] == scores["AR1"] == -1
+    # Frames without labels do not count.
+    assert score_boxes([some, none], [some, some], 64, 64, NAMES)["AP"] > 0.999999
+    assert capfd.readouterr() == ("", "")
+
+
+def test_score_boxes_of_16_px_are_small_but_not_tiny():
+    for xywh, tiny in (((0, 0, 16, 16), -1), ((0, 0, 15, 17), 1)):
+        boxes = [some_boxes(0, [xywh])]
+        scores = score_boxes(boxes, boxes, 64, 64, NAMES)
+        assert scores["AP_T"] == pytest.approx(tiny)
+        assert scores["AP_S"] == pytest.approx(1)
+
+
+def test_score_boxes_keeps_frames_that_hold_only_other_classes():
+    car, bus = (some_boxes(0, [(0, 0, 40, 40)], i) for i in (1, 3))
+    found = [some_boxes(0, [(0, 0, 40, 40)], 1, score) for score in (0.5, 1.0)]
+    scores = score_boxes([car, bus], found, 360, 640, NAMES, "none", True, range(3))
+    assert (scores["frames"], scores["boxes"]) == (2, 1)
+    assert scores["AP"] == pytest.approx(0.5)  # the better one is on the bus
+    both = score_boxes([car, bus], found, 360, 640, NAMES, class_agnostic=True)
+    assert both["boxes"] == 2
+    assert both["AP"] > 0.999999
+
+
+# ==== eval.py
+
+
+def test_report_has_a_row_for_every_protocol():
+    labels, dets, result = some_report()
+    for key, kind in detect.FILTERS.items():
+        scene = labels, dets, 360, 640, NAMES, key
+        mean = detect.score_boxes(*scene)
+        want = {f"{name}, {kind}": row for name, row in mean["classes"].items()}
+        want[f"class mean, {kind}"] = mean
+        want[f"class-agnostic, {kind}"] = detect.score_boxes(*scene, class_agnostic=True)
+        small = f"small_classes (pedestrian, bicycle), class mean, {kind}"
+        want[small] = detect.score_boxes(*scene, class_ids=(0, 2))
+        for title, scores in want.items():
+            row = result["rows"].pop(title)
+            assert list(row)[:3] == ["frames", "boxes", "AP"]
+            assert row == {name: None if scores[name] == -1 else scores[name] for name in row}
+    title = "eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter"
+    fork = detect.score_boxes(*scene, class_agnostic=True, class_ids=range(3))
+    assert result["rows"].pop(title)["AP"] == fork["AP"]
+    assert not result["rows"]
+
+
+def test_report_has_no_zero_for_undefined():
+    labels, _, result = some_report()
+    assert result["rows"]["class mean, Prophesee filter"]["AP_T"] is None  # none is left
+    assert result["sizes"]["tiny, < 16x16 px"] >= 1
+    assert result["settings"]["boxes"] == sum(len(boxes) for boxes in labels)
+    json.dumps(result, allow_nan=False)
+    empty = report([], [], 64, 64, NAMES)
+    assert empty["rows"]["class mean, all boxes"]["AP"] is None
+    assert empty["sizes"]["large, above"] == 0
+
+
+def test_report_and_compare_show_a_metric_of_ones_own(monkeypatch, tmp_path):
+    coco_row = detect.score_row
+
+    def with_twice(*args):
+        row, curve = coco_row(*args)
+        return row | {"twice": 2 * row["AP50"]}, curve
+
+    monkeypatch.setattr(detect, "score_row", with_twice)
+    result = some_report()[2]
+    row = result["rows"]["car, all boxes"]
+    assert row["twice"] == 2 * row["AP50"]
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(result))
+    assert "  twice   in %" in compare([path])
+
+
+# ---- compare
+
+
+def test_compare_shows_differences(tmp_path):
+    result = some_report()[2]
+    better = copy.deepcopy(result)
+    better["rows"]["class mean, all boxes"]["AP"] += 0.015
+    better["settings"]["ckpt"] = "better.pt"
+    better["rows"]["mine"] = better["rows"]["car, all boxes"]
+    paths = [tmp_path / "base.json", tmp_path / "better.json"]
+    for path, content in zip(paths, (result, better)):
+        path.write_text(json.dumps(content))
+    lines = compare(paths).splitlines()
+    assert lines[0].startswith(f"{paths[0]}: ") and "'split': 'test'" in lines[0]
+    assert lines[1].startswith(f"{paths[1]}: ") and "better.pt" in lines[1]
+    row = [line.endswith(f"class mean, all boxes | {paths[1]}") for line in lines].index(True)
+    assert "+1.5" in lines[row + 1] and "difference" in lines[row + 1]
+    assert lines[-2].endswith(f"mine | {paths[1]}") and "+" not in lines[-1]
+
+
+# ---- main
+
+
+def test_main_needs_the_checkpoint_alone_and_keeps_the_report_of_each_split(tmp_path, capsys):
+    trained = write_trained(tmp_path)
+    write_prepared(tmp_path / "data", split="val", hw=(48, 96))
+    for words in ([], ["--split=val"]):
+        evaluation.main([f"--ckpt={trained}", "--device=cpu", *words])
+    folder = tmp_path / "run" / "eval"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["ckpt_test.json", "ckpt_test.png", "ckpt_val.json", "ckpt_val.png"]
+    result = json.loads((folder / "ckpt_test.json").read_text())
+    assert result["rows"]["class mean, all boxes"]["frames"] == 6
+    assert result["settings"]["boxes"] == 12
+    assert result["settings"]["split"] == "test"
+    assert result["settings"]["resolution"] == [48, 96]
+    text = capsys.readouterr().out
+    assert all(title in text for title in result["rows"])
+
+
+def test_main_on_a_checkpoint_of_rvt(tmp_path):
+    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)
+    torch.save(reference["checkpoint"], tmp_path / "rvt.ckpt")
+    classes = [str(i) for i in range(8)]
+    data = write_prepared(tmp_path / "data", ("a",), "test", (128, 160), 3, (1, 2), classes)
+    config = tmp_path / "config.py"
+    config.write_text("partition_split = 1\ndim_head = 32\nsequence_length = 2\nmax_steps = 7\n")
+    words = [f"--ckpt={tmp_path / 'rvt.ckpt'}", str(config), f"--data_dir={data}"]
+    evaluation.main([*words, "--device=cpu", "--num_workers=0"])
+    assert (tmp_path / "eval" / "rvt_test.json").exists()
+
+
+# ==== pictures.py
+
+
+def scored(boxes):
+    """Detections of which p_obj * p_cls is the class_confidence."""
+    found = np.zeros(len(boxes), DETECTION_DTYPE)
+    for name in boxes.dtype.names:
+        found[name] = boxes[name]
+    found["confidence"] = boxes["class_confidence"]
+    return found
+
+
+def size_of(path):
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def test_draw_shows_polarities_boxes_and_labels():
+    events = np.zeros((20, 48, 480), np.uint8)
+    events[[0, 15], 40, [5, 6]] = 9
+    found = some_boxes(0, [(200, 20, 30, 15)], 1, 0.5)
+    image = np.asarray(draw(events, found, NAMES, some_boxes(0, [(300, 20, 30, 15)])))
+    assert image[40, 5:7].tolist() == [list(colour) for colour in pictures.EVENTS]
+    assert (image[20, 310] == 255).all()  # a label, white
+    assert image[35, 210].max() > image[35, 210].min()  # a detection, coloured
+
+
+def test_draw_enlarges_small_frames_by_a_whole_number():
+    assert draw(np.zeros((20, 32, 100), np.uint8), (), NAMES).size == (500, 160)
+    assert draw(np.zeros((20, 360, 640), np.uint8), (), NAMES).size == (640, 360)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, -1e30])
+def test_draw_of_boxes_that_are_no_numbers_or_lie_far_outside(value):
+    places = [(value, 3, 10, 10), (3, value, 10, 10), (3, 3, abs(value), 10)]
+    boxes = some_boxes(0, places, 1, 0.5)
+    assert draw(np.zeros((20, 32, 100), np.uint8), boxes, NAMES, boxes).size == (500, 160)
+
+
+def test_draw_curves_of_every_column_and_of_fields_that_are_empty(tmp_path):
+    rows = [{"step": 1, "loss": 3.0, "AP": ""}, {"step": 2, "loss": 2.0, "AP": 0.1}]
+    for k in (1, 2):
+        pictures.draw_curves(tmp_path / "new" / "curves.png", rows[:k])
+        assert min(size_of(tmp_path / "new" / "curves.png")) > 300
+
+
+def test_confusion_by_hand():
+    truth = some_boxes(0, [(0, 0, 20, 20), (50, 0, 20, 20), (100, 0, 20, 20)], [0, 1, 1])
+    places = [(0, 0, 20, 20), (51, 0, 20, 20), (50, 1, 20, 20), (0, 50, 9, 9), (100, 0, 20, 20)]
+    found = scored(some_boxes(0, places, [0, 0, 1, 1, 1], [0.9, 0.8, 0.7, 0.6, 0.1]))
+    counts = confusion([truth], [found], 2, 0.3)
+    # columns: as 0, as 1, missed; the second detection of a label is one of the background
+    assert counts.tolist() == [[[1, 0, 0], [1, 0, 1], [0, 2, 0]]]
+    again = confusion([truth], [found[::-1]], 2, 0.3)
+    assert (again == counts).all()  # best first, whatever the order
+
+
+def test_confusion_of_frames_without_labels_or_detections():
+    boxes = scored(some_boxes(0, [(0, 0, 20, 20), (50, 0, 20, 20)], [0, 1]))
+    got = confusion([boxes, boxes[:0]], [boxes[:0], boxes], 2, 0.3)
+    assert got[0].tolist() == [[0, 0, 1], [0, 0, 1], [0, 0, 0]]
+    assert got[1].tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 0]]
+
+
+def test_confusion_leaves_a_second_detection_the_next_best_label():
+    truth = some_boxes(0, [(0, 0, 20, 20), (0, 6, 20, 20)], [0, 1])
+    found = scored(some_boxes(0, [(0, 2, 20, 20), (0, 2, 20, 20)], [0, 0], [0.9, 0.8]))
+    assert confusion([truth], [found], 2, 0.3).tolist() == [[[1, 0, 0], [1, 0, 0], [0, 0, 0]]]
+
+
+def test_pictures_of_frames_with_detections(tmp_path):
+    sequence = MemorySequence("a", 4, (0, 2, 3))  # fewer frames than places
+    found = [scored(boxes) for boxes in sequence.boxes]
+    result = report(sequence.boxes, found, 64, 64, NAMES)
+    pictures.pictures(tmp_path / "report.png", result, [sequence], sequence.boxes, found, NAMES)
+    assert min(size_of(tmp_path / "report.png")) > 1000
+
+
+def test_draw_box_sizes_of_each_split(tmp_path):
+    pictures.draw_box_sizes(tmp_path / "new" / "sizes.png", {"train": [3.0, 20, 40], "val": [5.0]})
+    assert min(size_of(tmp_path / "new" / "sizes.png")) > 300
+
+
+# ==== prepare.py
+
+
+def slow_histogram(t, x, y, p, height, width, downsample):
+    """The definition, event by event."""
+    full = np.zeros((20, height, width), np.int64)
+    for when, col, row, on in zip(t, x, y, p):
+        where = np.float32(when - t[0]) / np.float32(max(t[-1] - t[0], 1)) * np.float32(10)
+        full[(10 if on > 0 else 0) + min(int(np.floor(where)), 9), row, col] += 1
+    H, W = height // 2, width // 2
+    if downsample == "nearest":
+        full = full[:, 1:2 * H:2, 1:2 * W:2]
+    if downsample == "sum":
+        full = full[:, :2 * H, :2 * W].reshape(20, H, 2, W, 2).sum((2, 4))
+    return np.minimum(full, 10).astype(np.uint8)
+
+
+@pytest.mark.parametrize("downsample", ["none", "nearest", "sum"])
+@pytest.mark.parametrize("height, width", [(8, 12), (7, 11)])
+def test_histogram_equals_its_slow_definition(downsample, height, width):
+    rng = np.random.default_rng(0)
+    for count, span in ((0, 1), (1, 1), (5, 1), (400, 50_000), (400, 7), (400, 49_999)):
+        t = np.sort(rng.integers(0, span, count)) + 10**12
+        x = rng.integers(0, width, count)
+        y = rng.integers(0, height, count)
+        p = rng.integers(-1, 2, count)
+        slow = slow_histogram(t, x, y, p, height, width, downsample)
+        for kind in (np.uint16, np.int64, np.uint32):
+            got = histogram(t, x.astype(kind), y.astype(kind), p, height, width, downsample)
+            assert got.dtype == np.uint8
+            np.testing.assert_array_equal(got, slow)
+
+
+@pytest.mark.parametrize("downsample", ["none", "nearest", "sum"])
+def test_histogram_saturates_where_rvt_wraps(downsample):
+    t = np.zeros(20 * 256 + 3, np.int64)
+    ones = np.ones(len(t), np.uint16)
+    got = histogram(t, ones, ones, ones, 4, 4, downsample)
+    assert got.max() == got.sum() == 10
+
+
+@pytest.mark.parametrize("span", [1, 3, 10, 4096, 33_333, 49_999, 50_000])
+def test_histogram_bins_are_those_of_torch(span):
+    t = torch.arange(0, span + 1)
+    expected = torch.clamp(((t - t[0]) / max(t[-1] - t[0], 1) * 10).floor(), max=9).long().numpy()
+    y, x = np.divmod(np.arange(len(t)), 64)
+    got = histogram(t.numpy(), x, y, np.zeros(len(t)), len(t) // 64 + 1, 64)
+    np.testing.assert_array_equal(got.argmax(0).ravel()[:len(t)], expected)
+
+
+# ==== prepare.py: recordings
+
+
+@pytest.mark.parametrize("name, size, count, span, first, limits, polarity", [
+    ("driving_gen41_1280x720_8.8ms_evt3.raw", (720, 1280), 219_596, 8_811, 11_718_656,
+     (0, 1279, 0, 719), (104_064, 115_532)),
+    ("pedestrians_gen41_1280x720_45ms_evt3.raw", (720, 1280), 5_000, 45_210, None,
+     (11, 1279, 22, 698), (2_106, 2_894)),
+    ("indoor_640x480_2.08s_evt3_payload_noheader.evt3", (480, 640), 343_474, 2_078_178, None, None,
+     (218_291, 125_183)),
+    ("rotating_dot_gen3_640x480_50ms_evt2.raw", (480, 640), 539_481, 50_000, None,
+     (60, 599, 18, 475), None),
+    ("ncars_obj_004397_100ms_td.dat", (61, 54), 4_407, 100_000, None, (0, 53, 1, 60),
+     (1_671, 2_736))])
+def test_real_recordings_hold_what_their_description_says(
+        name, size, count, span, first, limits, polarity):
+    path = shared(f"data/{name}")
+    if path.suffix != ".dat":
+        pytest.importorskip("faery")
+    recording = Recording(path, *size)
+    assert (recording.height, recording.width) == size
+    t, x, y, p = map(np.concatenate, zip(*recording.chunks()))
+    assert len(t) == count == recording.events and recording.outside == recording.far == 0
+    assert (np.diff(t) >= 0).all() and abs(t[-1] - t[0] - span) < 1000 and first in (None, t[0])
+    assert limits in (None, (x.min(), x.max(), y.min(), y.max()))
+    assert polarity is None or sorted(np.bincount((p > 0).astype(int))) == sorted(polarity)
+
+
+def test_read_h5_takes_sizes_from_scalars_and_attributes_and_adds_dsecs_offset(tmp_path):
+    path = write_h5(tmp_path / "b.hdf5", *some_events(100, 50_000), size=None, group="CD/events")
+    with pytest.raises(ValueError, match="b.hdf5: the sensor's size.*--height"):
+        Recording(path)
+    with h5py.File(path, "a") as file:
+        file["CD/events"].attrs["height"] = 260
+        file.attrs["width"] = 346
+        file["t_offset"] = 10**12
+    recording = Recording(path, 100, 100)
+    assert (recording.height, recording.width) == (260, 346)
+    assert next(recording.chunks())[0][0] >= 10**12
+
+
+def test_read_h5_reads_metavisions_table_while_another_process_locks_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 1000)
+    columns = some_events(2500, 10**6)
+    write_table(tmp_path / "a.hdf5", *columns, chunks=(400,))
+    with open(tmp_path / "a.hdf5", "rb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        got = list(map(np.concatenate, zip(*Recording(tmp_path / "a.hdf5", 48, 64).chunks())))
+    for column, expected in zip(got, columns, strict=True):
+        np.testing.assert_array_equal(column, expected)
+
+
+def test_read_dat_gives_the_events_as_they_were_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 100)
+    columns = t, x, y, p = some_events(350, 10**6, (240, 304))
+    records = np.stack((t, x | y << 14 | p << 28), 1).astype("<u4")
+    path = tmp_path / "a_td.dat"
+    header = b"% Data file containing CD events.\n% Version 2\n% Height 240\n% Width 304\n\x00\x08"
+    path.write_bytes(header + records.tobytes())
+    recording = Recording(path)
+    assert (recording.height, recording.width) == (240, 304)
+    got = map(np.concatenate, zip(*recording.chunks()))
+    for column, expected in zip(got, columns, strict=True):
+        np.testing.assert_array_equal(column, expected)
+    path.write_bytes(path.read_bytes()[:-3])  # cut off within an event: the others are read
+    assert sum(len(chunk[0]) for chunk in recording.chunks()) == 349
+
+
+def read_csv(path):
+    yield 48, 64
+    yield np.loadtxt(path, np.int64, delimiter=",").T
+
+
+def test_readers_take_another_format_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(prepare.READERS, ".csv", read_csv)
+    raw = raw_set(tmp_path / "raw", some_labels([100_000, 200_000]), names=("h5", "csv"))
+    np.savetxt(raw / "train/csv.csv", np.stack(some_events(3000, 700_000), 1), "%d", ",")
+    (raw / "train/csv_td.h5").unlink()
+    assert prepare.prepare(raw, tmp_path / "out") == {"prepared": 2}
+    assert same_tree(load(tmp_path / "out/train/csv"), load(tmp_path / "out/train/h5"))
+
+
+def test_chunks_raise_times_that_go_backwards_across_blocks_and_count_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 4)
+    t = np.array([5, 9, 8, 10, 3, 12, 12, 40, 13, 14, 15, 50])
+    recording, got = read_times(tmp_path / "a_td.h5", t)
+    np.testing.assert_array_equal(got, np.maximum.accumulate(t))
+    assert recording.backwards == 5 and recording.events == 12
+    assert (recording.first_us, recording.last_us) == (5, 50)
+
+
+# ==== prepare.py: windows
+
+
+@pytest.mark.parametrize("block", [7, 100, 1 << 19])
+def test_windows_hold_both_their_ends_whatever_the_blocks(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    t, x, y, p = some_events(2000, 400_000)
+    t[500:503] = 100_000
+    t.sort()
+    recording = Recording(write_h5(tmp_path / "a_td.h5", t, x, y, p))
+    ends = [50_000, 60_000, 100_000, 150_000, 150_000, 380_000, 900_000]
+    for end, window in zip(ends, windows(recording, ends), strict=True):
+        inside = (t >= end - 50_000) & (t <= end)
+        for column, expected in zip(window, (t, x, y, p)):
+            np.testing.assert_array_equal(column, expected[inside])
+
+
+def test_windows_without_ends_cover_the_recording_from_its_first_event_on(tmp_path):
+    t, x, y, p = some_events(500, 430_000)
+    t += 11_718_656
+    got = list(windows(Recording(write_h5(tmp_path / "a_td.h5", t, x, y, p))))
+    assert len(got) == -(-(t[-1] - t[0]) // 50_000)
+    assert set(np.concatenate([window[0] for window in got])) == set(t)
+    empty = Recording(write_h5(tmp_path / "b_td.h5", [], [], [], []))
+    assert list(windows(empty)) == []
+    assert [len(window[0]) for window in windows(empty, [50_000, 100_000])] == [0, 0]
+
+
+# ==== prepare.py: labels
+
+
+def test_read_labels_renames_and_sorts_those_of_older_files(tmp_path):
+    names = ("ts", "x", "y", "w", "h", "class_id", "confidence", "track_id")
+    old = np.zeros(3, list(zip(names, ("<u8", "<f4", "<f4", "<f4", "<f4", "u1", "<f4", "<u4"))))
+    old["ts"] = [30, 10, 20]
+    old["track_id"] = [3, 1, 2]
+    np.save(tmp_path / "a_bbox.npy", old)
+    boxes = read_labels(tmp_path / "a_bbox.npy")
+    assert boxes.dtype == BOX_DTYPE
+    assert boxes["t"].tolist() == [10, 20, 30] and boxes["track_id"].tolist() == [1, 2, 3]
+    np.save(tmp_path / "b_bbox.npy", old[[*names[:6]]])
+    assert read_labels(tmp_path / "b_bbox.npy")["class_confidence"].tolist() == [1, 1, 1]
+    for other in (old[["ts", "x", "y"]], np.zeros((20, 8))):
+        np.save(tmp_path / "c_bbox.npy", other)
+        with pytest.raises(ValueError, match="c_bbox.npy .expected: an array with fields t x y"):
+            read_labels(tmp_path / "c_bbox.npy")
+
+
+def test_filter_boxes_crops_filters_and_counts():
+    boxes = some_labels(np.arange(8))  # 0 and 1 are cut by the frame, 2 to 7 each have one fault
+    boxes["x"][:5] = [-5, 50, 70, -30, np.nan]
+    boxes["w"][:5] = [20, 40, 10, 20, 20]
+    boxes["class_id"][5] = 99
+    boxes["x"][6] = 1
+    boxes["w"][6] = 60
+    boxes["h"][7] = 4
+    kept, dropped = filter_boxes(boxes.copy(), 48, 64, 8, "sides5", train=True)
+    assert kept["t"].tolist() == [0, 1]
+    assert kept["x"].tolist() == [0, 50] and kept["w"].tolist() == [15, 13]
+    assert dropped["boxes of unknown class"] == 1 and dropped["boxes off the frame"] == 3
+    assert dropped["boxes too wide"] == 2  # not a number is not narrow either
+    kept, _ = filter_boxes(boxes.copy(), 48, 64, 100, "none", train=False)
+    assert kept["t"].tolist() == [0, 1, 5, 6, 7]
+    large = some_labels([0, 1, 2], w=[55, 57, 30], h=[20, 20, 19])
+    assert filter_boxes(large, 720, 1280, 8, "prophesee", train=False)[0]["t"].tolist() == [1]
+
+
+def rvts_rule(times, base):
+    """Labelled frames and numbers of base steps between them as RVT's script chooses them."""
+    frames, steps = [times[times >= 100_000][0]], []
+    for time_us in times[times > frames[0]]:
+        count = round((time_us - frames[-1]) / base)
+        if abs(time_us - frames[-1] - count * base) <= 2000:
+            frames.append(time_us)
+            steps.append(count)
+    return frames, steps
+
+
+@pytest.mark.parametrize("hertz, grid_us", [(30, 0), (60, 0), (4, 250_000), (1, 250_000)])
+def test_label_frames_and_window_ends_are_rvts_on_labels_like_its_own(hertz, grid_us):
+    rng = np.random.default_rng(hertz)
+    for share in np.repeat((1, 0.9, 0.6, 0.45), 20):  # 45% of 60 Hz: the median is 30 Hz's
+        grid = np.round(np.arange(1, 60 * hertz) * 1e6 / hertz)
+        grid += rng.integers(-4, 4, len(grid))
+        kept = rng.random(len(grid)) < share
+        kept[20:80] &= rng.random() < 0.5
+        times = grid[kept].astype(np.int64)
+        interval = np.median(np.diff(times))
+        if not grid_us and round(1e6 / interval) not in (30, 60):
+            continue  # RVT's script asserts it
+        base = grid_us or int(interval * {30: 3, 60: 6}[round(1e6 / interval)])
+        frames, spacing_us = label_frames(times, grid_us)
+        expected, steps = rvts_rule(times, base)
+        assert frames.tolist() == expected
+        between = np.searchsorted(window_ends(frames, spacing_us, 0), frames)
+        assert np.diff(between).tolist() == [2 * count for count in steps]
+
+
+@pytest.mark.parametrize("hertz, base, spacing", [
+    (10, 100_000, 50_000), (20, 100_000, 50_000), (25, 80_000, 40_000), (30, 99_999, 49_999.5),
+    (60, 100_002, 50_001), (4, 250_000, 50_000), (1, 1_000_000, 50_000)])
+def test_label_frames_at_any_label_rate(hertz, base, spacing):
+    times = np.round(np.arange(1, 4 * hertz) * 1e6 / hertz).astype(np.int64)
+    frames, step = label_frames(times, 0)
+    assert step == spacing
+    assert frames[0] == times[times >= 100_000][0] and set(frames) <= set(times)
+    assert np.abs(np.diff(frames) - base).max() <= 2000 and frames[-1] > times[-1] - base
+    ends = window_ends(frames, step, 0)
+    assert set(frames) <= set(ends)
+    assert np.abs(np.diff(ends[ends >= frames[0]]) - spacing).max() <= 1500
+    assert label_frames(times[:1] * 0 + 7, 0)[0].size == 0
+    assert label_frames(times[-1:], 0)[0].tolist() == [times[-1]]
+
+
+def test_label_frames_start_a_new_phase_after_a_gap():
+    before = np.arange(1, 31) * 33_333
+    after = 1_716_000 + np.arange(30) * 33_333
+    frames, _ = label_frames(np.concatenate((before, after)), 0)
+    assert frames[frames < 1_100_000].tolist() == (133_332 + np.arange(9) * 99_999).tolist()
+    assert frames[frames > 1_100_000].tolist() == (1_716_000 + np.arange(10) * 99_999).tolist()
+    ends = window_ends(frames, 49_999.5, 0)
+    assert np.isin(frames, ends).all()
+    assert 45_000 < np.diff(ends).min() and np.diff(ends).max() < 55_000
+    tail = before[-1] + [5 * 33_333, 6 * 33_333]  # on the grid, not in phase: RVT drops it
+    assert label_frames(np.concatenate((before, tail)), 0)[0].max() == 933_324
+
+
+@pytest.mark.parametrize("hertz, jitter_us, share", [
+    (10, 1_000, 0.97), (10, 3_000, 0.95), (10, 10_000, 0.9), (30, 3_000, 0.9), (20, 8_000, 0.85)])
+def test_label_frames_keep_one_about_every_100_ms_where_labels_jitter(hertz, jitter_us, share):
+    rng = np.random.default_rng(0)
+    times = np.arange(1, 100 * hertz) * (1_000_000 // hertz)
+    times = np.unique(times + rng.normal(0, jitter_us, len(times)).astype(int))
+    assert len(label_frames(times, 0)[0]) > share * 1000
+
+
+@pytest.mark.parametrize("hertz", [15, 30, 170, 1000])
+def test_label_frames_keep_one_about_every_100_ms_at_random_times_and_of_two_sources(hertz):
+    rng = np.random.default_rng(0)
+    times = np.unique(rng.integers(100_000, 100_000_000, 100 * hertz))
+    assert len(label_frames(times, 0)[0]) > 100_000_000 / (100_000 + 1_100_000 / hertz)
+    two = np.unique(np.concatenate([np.arange(1, 1000), np.arange(1, 1000) + 0.37]) * 100_000)
+    assert len(label_frames(two.astype(int), 0)[0]) == 999
+
+
+def test_label_frames_take_an_hour_of_labels_in_linear_time():
+    began = time.perf_counter()
+    assert len(label_frames(np.arange(100_000, 3_600_000_000, 33_333), 0)[0]) == 36_000
+    assert time.perf_counter() - began < 2
+
+
+def test_window_ends_of_gen1_are_as_far_apart_as_rvts():
+    frames, step = label_frames(np.array([250_000, 500_000, 1_000_000]), 250_000)
+    ends = window_ends(frames, step, 0) // 1000
+    assert ends.tolist() == [100, 150, 200, 250, 375, 500, 625, 750, 875, 1000]
+    late = np.array([10**15 + 10**6])
+    assert len(window_ends(late, 50_000, 10**15)) == 19  # a clock that does not begin at 0
+
+
+# ==== prepare.py: sequences and data sets
+
+
+@pytest.mark.parametrize("dataset", ["gen1", "gen4", "etram"])
+def test_prepared_data_equal_rvts_to_the_bit(dataset, tmp_path):
+    reference = shared(f"reference/prepared/{dataset}")
+    assert prepare.prepare(reference / "raw", tmp_path, dataset) == {"prepared": 2}
+    for sequence in ("train/a", "val/b"):
+        assert same_tree(load(reference / "out" / sequence), load(tmp_path / sequence))
+        path = next((reference / "out" / sequence).rglob("*.h5"))
+        ours_path = tmp_path / sequence / HISTOGRAMS / path.name
+        with h5py.File(path) as theirs, h5py.File(ours_path) as ours:
+            a, b = theirs["data"], ours["data"]
+            assert a.chunks == b.chunks and a.maxshape == b.maxshape
+            filters = [data.id.get_create_plist().get_filter(0) for data in (a, b)]
+            assert filters[0] == filters[1]
+
+
+@pytest.mark.parametrize("downsample", ["none", "nearest", "sum"])
+def test_write_sequence_gives_every_window_its_histogram(downsample, tmp_path):
+    events = some_events(4000, 400_000)
+    raw_set(tmp_path / "raw", some_labels([100_000, 200_000, 300_000]), events)
+    prepare.prepare(tmp_path / "raw", tmp_path / "out", downsample=downsample)
+    got = load(tmp_path / "out/train/a")
+    data = got[formats.FILES["full" if downsample == "none" else "half"]]
+    for frame, end in zip(data, got["stacke/timestamps_us.npy"], strict=True):
+        inside = (events[0] >= end - 50_000) & (events[0] <= end)
+        window = [column[inside] for column in events]
+        np.testing.assert_array_equal(frame, slow_histogram(*window, 48, 64, downsample))
+
+
+def test_prepare_keeps_small_boxes_of_own_data_and_numbers_their_classes(tmp_path):
+    boxes = some_labels(np.repeat(GRID_US[:6], 2), w=3, h=2, class_id=[0, 4] * 6)
+    raw_set(tmp_path / "raw", boxes, names=("b", "a"), splits=("train", "test"))
+    assert prepare.prepare(tmp_path / "raw", tmp_path / "out", "own") == {"prepared": 4}
+    about = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert about["classes"] == ["0", "1", "2", "3", "4"]
+    assert (about["height"], about["width"]) == (48, 64)
+    got = load(tmp_path / "out/test/b")
+    assert got["event_representations.h5"].shape == (11, 20, 48, 64)
+    assert len(got["labels"]) == 12
+    assert got["objframe_idx_2_label_idx"].tolist() == [0, 2, 4, 6, 8, 10]
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == ["dataset.json", "test", "train"]
+
+
+def test_prepare_skips_a_sequence_without_labels_or_events_left(tmp_path, capsys):
+    raw = raw_set(tmp_path / "raw", some_labels([100_000, 200_000], class_id=9), names=("skipped",))
+    raw_set(raw, some_labels([10_000, 20_000]), names=("early",))
+    raw_set(raw, some_labels([]), names=("none",))
+    raw_set(raw, some_labels([200_000, 300_000]), np.zeros((4, 0)), names=("empty",))
+    write_h5(raw / "train" / "unlabelled and empty.h5", [], [], [], [])
+    with pytest.raises(ValueError, match="nothing was prepared"):
+        prepare.main([f"--src={raw}", f"--dst={tmp_path}/out", "--dataset=etram"])
+    said = capsys.readouterr().out
+    assert "2 boxes of unknown class" in said and "2 label times left out" in said
+    raw_set(raw, names=("unlabelled",))
+    assert prepare.prepare(raw, tmp_path / "out", "etram") == {"skipped": 5, "prepared": 1}
+
+
+def test_prepare_gives_a_recording_without_labels_windows_from_its_first_event_on(tmp_path):
+    raw_set(tmp_path / "raw")
+    prepare.prepare(tmp_path / "raw", tmp_path / "out", "etram")
+    got = load(tmp_path / "out/train/a")
+    assert len(got["labels"]) == len(got["objframe_idx_2_label_idx"]) == 0
+    assert got["labels"].dtype == BOX_DTYPE and len(got["labels/timestamps_us.npy"]) == 0
+    assert got["event_representations_ds2_nearest.h5"].shape == (14, 20, 24, 32)
+
+
+def test_run_jobs_writes_with_two_processes_what_one_writes(tmp_path):
+    raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:2]), names="ab", splits=("train", "val"))
+    for number in (0, 2):
+        prepare.prepare(raw, tmp_path / str(number), num_workers=number)
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        assert same_tree(load(tmp_path / "0" / name), load(tmp_path / "2" / name))
+    one, two = ((tmp_path / number / "dataset.json").read_text() for number in "02")
+    assert one == two
+
+
+# ==== simulate.py
+
+
+SMALL_SCENE = dict(train=1, val=2, test=0, seconds=1.0, height=48, width=64, sizes=(2.0, 8.0),
+                   users=8.0)
+SMALL_NAMES = ("train/train_0000", "val/val_0000", "val/val_0001")
+
+
+@pytest.fixture(scope="module")
+def small_traffic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small_traffic")
+    simulate.simulate(folder, 0, **SMALL_SCENE)
+    return folder
+
+
+def raw_recording(folder, name):
+    """Events (t, x, y, p) and boxes of a raw recording."""
+    events = map(np.concatenate, zip(*prepare.Recording(folder / f"{name}_td.h5").chunks()))
+    return *events, np.load(folder / f"{name}_bbox.npy")
+
+
+def two_cars():
+    """A plain scene of 48 x 64 px and two cars in one place, the first before the second."""
+    ground = np.zeros((48, 64), np.float32)
+    scene = SimpleNamespace(ground=ground, sizes=(3, 8), horizon=8, camera=4, road=0, night=False)
+    cars = [simulate.make_thing(np.random.default_rng(1), 1, scene, 120) for _ in range(2)]
+    for distance, car in enumerate(cars, 1):
+        car.depth[:] = distance
+        car.box_xyxy[:] = (10, 20, 26, 28)
+        car.moved[:] = 100
+    return scene, *cars
+
+
+def sensor_before(image):
+    sensor = simulate.Sensor(np.random.default_rng(0), np.float32(image), 1)
+    sensor.threshold[:] = 0.2
+    return sensor
+
+
+def test_simulate_depends_on_the_seed_alone(small_traffic, tmp_path):
+    simulate.simulate(tmp_path / "two", 2, **SMALL_SCENE)
+    simulate.simulate(tmp_path / "other", 0, **SMALL_SCENE | dict(seed=1))
+    counts = set()
+    for name in SMALL_NAMES:
+        recording = raw_recording(small_traffic, name)
+        assert all(map(np.array_equal, recording, raw_recording(tmp_path / "two", name)))
+        counts |= {len(recording[0]), len(raw_recording(tmp_path / "other", name)[0])}
+    assert len(counts) == 6
+
+
+@pytest.mark.parametrize("name", SMALL_NAMES)
+def test_simulate_keeps_to_the_frame_in_time_and_space(small_traffic, name):
+    t, x, y, p, boxes = raw_recording(small_traffic, name)
+    assert 0 <= t[0] and t[-1] < 10**6 and x.max() < 64 and y.max() < 48
+    assert set(p) == {0, 1} and 0.3 < p.mean() < 0.7
+    assert len(boxes) > 20 and boxes["class_id"].max() < 8
+    assert min(boxes["x"].min(), boxes["y"].min()) >= 0
+    assert (boxes["x"] + boxes["w"]).max() <= 63.001 and (boxes["y"] + boxes["h"]).max() <= 47.001
+    assert (boxes["w"] * boxes["h"]).min() >= 15.99  # 2 px of the network's input
+    assert (np.unique(boxes["t"]) % 33_333 < 30).all()  # 30 Hz
+
+
+def test_render_covers_pixels_by_their_share():
+    scene, car, _ = two_cars()
+    car.picture[:] = 1  # log intensity, and cover
+    car.box_xyxy[:] = (10.25, 20, 26, 27.5)
+    image, owner = simulate.render(scene, [car], 0)
+    np.testing.assert_allclose(image[22, 9:12], (0, 0.75, 1), atol=1e-5)
+    np.testing.assert_allclose(image[26:29, 15], (1, 0.5, 0), atol=1e-5)
+    assert image.sum() == pytest.approx(15.75 * 7.5, rel=1e-5)
+    assert (owner[20:27, 10:26] == 0).all()
+
+
+def test_labels_at_leaves_out_hidden_unmoved_and_tiny_things():
+    scene, wall, car = two_cars()
+    wall.picture[1] = 1
+    wall.moved[:] = 0
+    wall.box_xyxy[:] = (40, 10, 60, 30)
+
+    def labels(*things):
+        return simulate.labels_at(scene, things, 3, simulate.render(scene, things, 3)[1])
+
+    assert labels(wall, car) == [(25_000, 10, 20, 16, 8, 1, 1, 1)]
+    wall.box_xyxy[:] = (8, 10, 23, 30)  # now before the car
+    assert labels(wall, car) == []
+    car.moved[:] = 1
+    assert labels(car) == []
+    car.moved[:] = 100
+    assert len(labels(car)) == 1
+    car.box_xyxy[:] = (10, 20, 16, 25)
+    assert labels(car) == []
+
+
+def test_sensor_follows_the_contrast_threshold_model():
+    span = 1e6 / simulate.FPS
+    sensor = sensor_before([[0]])
+    rise = sensor.events(np.float32([[0.9]]), 10)  # crosses 0.2, 0.4, 0.6 and 0.8
+    times = (10 + np.array([0.2, 0.4, 0.6, 0.8]) / 0.9) * span
+    np.testing.assert_allclose([t[0] for t, _, _ in rise], times, atol=2)
+    assert all(p.all() for _, _, p in rise)
+    sensor.threshold[:] = 0.25  # below the level that is left, 0.8
+    fall = sensor.events(np.float32([[0]]), 11)  # crosses 0.55, 0.3 and 0.05
+    times = (11 + np.array([0.35, 0.6, 0.85]) / 0.9) * span
+    np.testing.assert_allclose([t[0] for t, _, _ in fall], times, atol=2)
+    assert not any(p.any() for _, _, p in fall)
+
+
+def test_sensor_is_dead_for_a_while_after_an_event():
+    events = sensor_before([[0]]).events(np.float32([[30]]), 0)  # 150 crossings in a step
+    times = np.concatenate([t for t, _, _ in events])
+    assert len(times) > 10 and np.diff(times).min() >= simulate.REFRACTORY_US
+
+
+def test_sensor_sees_nothing_of_what_stands_still():
+    scene, car, _ = two_cars()
+    car.box_xyxy += 0.5 * np.arange(120).clip(0, 59)[:, None] * (1, 0, 1, 0)
+    sensor = sensor_before(simulate.render(scene, [car], 0)[0])
+    counts = []
+    for step in range(1, 120):
+        events = sensor.events(simulate.render(scene, [car], step)[0], step - 1)
+        counts.append(sum(len(t) for t, _, _ in events))
+    assert sum(counts[:59]) > 500 and sum(counts[59:]) == 0
+    assert np.abs(sensor.level - sensor.before).max() < 0.201  # all but a threshold was told
+
+
+def test_simulate_interrupted_leaves_no_half_recording(small_traffic, tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "save", lambda *a: 1 / 0)  # once the events are written
+    with pytest.raises(ZeroDivisionError):
+        simulate.simulate(tmp_path, 0, **SMALL_SCENE)
+    assert not list(tmp_path.glob("*/*_td.h5"))
+    monkeypatch.undo()
+    simulate.simulate(tmp_path, 0, **SMALL_SCENE)
+    both = [raw_recording(folder, SMALL_NAMES[0]) for folder in (small_traffic, tmp_path)]
+    assert all(map(np.array_equal, *both))
+    monkeypatch.setattr(simulate, "make_scene", lambda *a: pytest.fail("simulated again"))
+    simulate.simulate(tmp_path, 0, **SMALL_SCENE)
+
+
+def test_ensure_toy_makes_the_set_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr(simulate, "defaults", simulate.defaults | SMALL_SCENE)
+    (tmp_path / "toy/.partial").mkdir(parents=True)  # as an interrupted prepare.py leaves it
+    simulate.ensure_toy(tmp_path / "toy", 0)
+    assert len(list((tmp_path / "toy/val").iterdir())) == 2
+    prepared = load(tmp_path / "toy/val/val_0000")
+    assert prepared["event_representations_ds2_nearest.h5"].shape[1:] == (20, 24, 32)
+    assert prepared["labels"]["w"].min() < 10
+    monkeypatch.setattr(simulate, "simulate", lambda *a: pytest.fail("made again"))
+    simulate.ensure_toy(tmp_path / "toy", 0)
+
+
+def test_simulate_names_wrong_options(tmp_path):
+    with pytest.raises(ValueError, match="sizes=.9, 6."):
+        simulate.simulate(tmp_path, sizes=(9, 6))
+    with pytest.raises(ValueError, match="0.2 or more"):
+        simulate.simulate(tmp_path, seconds=0.0)
+    with pytest.raises(ValueError, match="unknown key"):
+        simulate.main(["--second=3"])
+
+
+# ==== demo.py
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path / "ckpt.pt", small_detector(), class_names=NAMES)
+
+
+def run_demo(checkpoint, recording, out, *options):
+    paths = (f"--ckpt={checkpoint}", f"--recording={recording}", f"--out={out}")
+    demo.main([*paths, "--confidence=0.01", "--device=cpu", *options])
+
+
+def test_demo_writes_video_and_boxes(tmp_path, checkpoint, capsys):
+    recording = write_recording(tmp_path / "drive_td.h5")
+    out = tmp_path / "new" / "d.gif"
+    run_demo(checkpoint, recording, out, f"--boxes={tmp_path / 'd.npy'}")
+    with Image.open(out) as gif:
+        assert (gif.n_frames, gif.size) == (10, (512, 512))
+        assert (gif.info["duration"], gif.info["loop"]) == (50, 0)
+    boxes = np.load(tmp_path / "d.npy")
+    assert boxes.dtype == BOX_DTYPE
+    assert len(np.unique(boxes["t"])) == 10
+    assert (np.diff(boxes["t"]) >= 0).all()
+    assert np.ptp(boxes["t"]) == 450_000
+    assert boxes["class_confidence"].min() >= 0.01
+    assert "ms a frame" in capsys.readouterr().out
+    assert not list(tmp_path.rglob(".partial*"))
+
+
+def test_demo_video_shows_what_draw_draws(tmp_path):
+    picture = demo.draw(np.eye(480, dtype=np.uint8)[None, :40].repeat(20, 0), (), NAMES)
+    video = demo.write_gif(tmp_path / "a.gif", picture.size)
+    next(video)
+    for turned in (picture, picture.rotate(180)):
+        video.send(turned.tobytes())
+    video.close()
+    with Image.open(tmp_path / "a.gif") as gif:
+        gif.seek(1)
+        got = np.asarray(gif.convert("RGB"), int)
+    assert np.abs(got - np.asarray(picture.rotate(180), int)).max() < 40  # 256 colours
+
+
+def test_demo_of_a_prepared_sequence_and_of_mp4(tmp_path, checkpoint):
+    pytest.importorskip("imageio_ffmpeg")
+    data = write_prepared(tmp_path / "data", ("a",))
+    run_demo(checkpoint, data / "test" / "a", tmp_path / "a.mp4", f"--boxes={tmp_path / 'a.npy'}")
+    detector = StreamDetector(load_detector(checkpoint), confidence=0.01, score="obj*cls")
+    sequence = MemorySequence("a", 8, (2, 5, 7))
+    want = [detector(*pair) for pair in zip(sequence.data, sequence.timestamps_us)]
+    same_boxes([np.load(tmp_path / "a.npy")], [np.concatenate(want)])
+    assert (tmp_path / "a.mp4").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "sensor, want", [((128, 128), 64), ((64, 64), 64), ((32, 32), 32), ((5, 80), 5)])
+def test_demo_reads_a_sensor_of_twice_the_size_at_half_resolution_and_others_as_they_are(
+        tmp_path, checkpoint, sensor, want):
+    recording = write_recording(tmp_path / "a.h5", sensor, 0.1)
+    scale, frames = demo.open_frames(recording, (64, 64))
+    (first_us, first), (second_us, _) = list(frames)[:2]
+    assert first.shape[1] == want == sensor[0] // scale
+    assert second_us - first_us == 50_000
+    run_demo(checkpoint, recording, tmp_path / "a.gif")
+    assert (tmp_path / "a.gif").exists()
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "absent"])
+def test_demo_leaves_nothing_behind_a_bad_recording(tmp_path, checkpoint, kind):
+    recording = tmp_path / "bad.h5"
+    if kind in ("cut", "empty"):
+        whole = write_recording(recording, events=200_000 * (kind == "cut")).read_bytes()
+        recording.write_bytes(whole[:100_000])
+    if kind == "text":
+        recording.write_text("hello")
+    before = set(tmp_path.iterdir())
+    with pytest.raises((ValueError, OSError), match="bad.h5"):
+        run_demo(checkpoint, recording, tmp_path / "out.gif", f"--boxes={tmp_path / 'b.npy'}")
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("option, word", [
+    ("--class_names=a,b", "class_names"), ("--dtype=int8", "dtype"),
+    ("--recording=notes.txt", "notes.txt"), ("--recording=nowhere", "nowhere"),
+    ("--recording=", "expected --recording"),
+    ("--out=x.avi", "expected --recording"), ("--boxes=x.txt", "expected --recording")])
+def test_demo_names_what_does_not_fit(tmp_path, checkpoint, option, word):
+    recording = write_recording(tmp_path / "drive_td.h5")
+    with pytest.raises((ValueError, OSError), match=word):
+        run_demo(checkpoint, recording, tmp_path / "e.gif", option)
+
+
+# ==== bench.py
+
+
+@pytest.fixture(scope="module")
+def bench_rows():
+    argv = ["--input_hw=48,64", "--embed_dim=16", "--dim_head=8", "--batch_sizes=1,2", "--steps=1",
+            "--device=cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("builtins.print", lambda *words, **options: lines.append(words[0]))
+        bench_memory.main(argv)
+    return json.loads(lines[-1])["rows"]
+
+
+def test_main_ends_with_json_of_a_row_for_each_batch_size_and_recomputation(bench_rows):
+    settings = [(row["checkpointing"], row["batch"]) for row in bench_rows]
+    assert settings == [(False, 1), (False, 2), (True, 1), (True, 2)]
+    for row in bench_rows:
+        assert row["peak_gib"] > 0
+        assert row["spread_s"][0] <= row["step_s"] <= row["spread_s"][1]
+
+
+def test_kept_gib_grows_with_the_batch_and_shrinks_by_recomputation(bench_rows):
+    one, two, one_recomputed, _ = [row["kept_gib"] for row in bench_rows]
+    assert two == pytest.approx(2 * one, rel=0.1)
+    assert one_recomputed < 0.8 * one
+    assert any(name.startswith("stages") for name in bench_rows[0]["parts"])
+
+
+def test_largest_batch_lies_on_the_line_through_the_peaks():
+    rows = [{"batch": 1, "peak_gib": 3.0}, {"batch": 3, "peak_gib": 7.0}]
+    assert bench_memory.largest_batch(rows, 24.5) == 11  # 1 + 2 * 11 = 23
+    assert bench_memory.largest_batch(rows[:1], 24.5) == "n/a"
+    assert bench_memory.largest_batch([row | {"peak_gib": "n/a"} for row in rows], 24.5) == "n/a"
