@@ -10,6 +10,7 @@ Kept: what the forward pass keeps for the backward pass, weights left out.
 """
 
 import json
+import math
 import time
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -98,7 +99,7 @@ def measure(config, B, device, dtype):
     return {
         "batch": B,
         "checkpointing": config.checkpointing,
-        "peak_gib": round(peak, 3) if peak else "n/a",
+        "peak_gib": round(peak, 3) if not math.isnan(peak) else "n/a",
         "kept_gib": round(sum(parts.values()), 4),
         "step_s": median,
         "spread_s": [least, most],

@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -1378,6 +1379,22 @@ def test_train_in_half_precision_on_a_cpu(dtype, traffic, tmp_path):
     argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=2"]
     assert run_train(*argv, f"--dtype={dtype}") == 0
     assert math.isfinite(checkpoint_of(tmp_path)["progress"]["log"][0]["loss"])
+
+
+def test_train_in_a_thread_as_a_notebook_does(traffic, tmp_path):
+    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1"]
+    thread = threading.Thread(target=run_train, args=argv)
+    thread.start()
+    thread.join()
+    assert checkpoint_of(tmp_path)["step"] == 1
+
+
+def test_train_on_frames_of_one_cell_says_to_raise_batch_size(tmp_path):
+    for split in ("train", "val"):
+        make_set(tmp_path, [[2, 3]], split, length=5, hw=(32, 32))
+    argv = [*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out", "--num_classes=2"]
+    with pytest.raises(ValueError, match="raise batch_size"):
+        train.main([*argv, "--batch_size=1"])
 
 
 # ---- resume

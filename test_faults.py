@@ -513,7 +513,10 @@ def test_train_fifty_kills_at_random_moments_change_nothing(traffic, tmp_path):
     assert happened.count("writing") > 5
 
 
-@pytest.mark.parametrize("number, times, status", [(signal.SIGTERM, 2, 0), (signal.SIGINT, 1, 130)])
+@pytest.mark.parametrize("number, times, status", [
+    (signal.SIGTERM, 2, 143),
+    (signal.SIGINT, 1, 130),
+])
 def test_train_saves_at_a_signal_and_says_how_to_go_on(number, times, status, traffic, tmp_path):
     argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--log_interval=1"]
     process = spawn(*argv, start_new_session=True)

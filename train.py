@@ -15,9 +15,9 @@ import dataclasses
 import io
 import math
 import os
-import resource
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -38,6 +38,11 @@ from loss import SizeAware, detection_loss
 from model import Detector, ModelConfig, reset_state
 from pictures import draw_curves
 from simulate import ensure_toy
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 defaults = {
     # ---- files
@@ -183,9 +188,11 @@ def build(config, input_hw, num_classes, checkpoint=None):
 
 
 def peak_gib(device):
-    """Peak memory so far: what the allocator held on a GPU, the process on a CPU."""
+    """Peak memory so far: of the allocator on a GPU, else of the process; NaN where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes in what the system counts
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -279,6 +286,9 @@ class Run:
         if self.world > 1 and self.cuda:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
+        H, W = model.config.padded_hw
+        if config.batch_size == 1 and H * W == model.config.strides[-1] ** 2:
+            raise ValueError(f"batch norm sees a single cell of frames of {self.hw}: raise batch_size")
         self.parameters = list(model.parameters())
         self.statistics = [x for name, x in model.named_buffers() if name != "grid"]
         self.forward = Forward(model, fields_of(SizeAware, config))
@@ -482,12 +492,17 @@ class Run:
 # ---- the loop
 
 class StopSignal:
-    """While open, keeps the number of a SIGTERM or Ctrl-C; a second Ctrl-C stops at once."""
+    """While open, keeps the number of a SIGTERM or Ctrl-C; a second Ctrl-C stops at once.
+
+    Only a main thread can: elsewhere, in a notebook say, signals do what they did before.
+    """
 
     number = 0
 
     def __enter__(self):
-        kinds = (signal.SIGTERM, signal.SIGINT)
+        kinds = ()
+        if threading.current_thread() is threading.main_thread():
+            kinds = (signal.SIGTERM, signal.SIGINT)
         self.before = {kind: signal.signal(kind, self.note) for kind in kinds}
         return self
 
@@ -503,8 +518,8 @@ class StopSignal:
 def train(config, checkpoint=None):
     """Train as `config` (a namespace with the keys of `defaults`) says, from `checkpoint` if given.
 
-    Returns the exit status: 0 when done or stopped by SIGTERM, 130 by Ctrl-C. ValueError for a
-    user's mistake.
+    Returns the exit status: 0 when done, 143 when stopped by SIGTERM, 130 by Ctrl-C. ValueError
+    for a user's mistake.
     """
     check(config)
     reuse_memory()
@@ -576,7 +591,7 @@ def train(config, checkpoint=None):
     else:
         print(f"done, best AP {run.best_ap:.4f}; see {out}/curves.png; "
               f"next: python eval.py --ckpt {out}/best.pt")
-    return 130 if stopped and stop.number == signal.SIGINT else 0
+    return 128 + (stop.number or signal.SIGTERM) if stopped else 0
 
 
 def resume(out_dir, argv):
