@@ -288,7 +288,7 @@ class Run:
         self.model = model
         H, W = model.config.padded_hw
         if config.batch_size == 1 and H * W == model.config.strides[-1] ** 2:
-            raise ValueError(f"batch norm sees a single cell of frames of {self.hw}: raise batch_size")
+            raise ValueError(f"batch norm sees one cell of {self.hw} frames: raise batch_size")
         self.parameters = list(model.parameters())
         self.statistics = [x for name, x in model.named_buffers() if name != "grid"]
         self.forward = Forward(model, fields_of(SizeAware, config))
