@@ -116,6 +116,7 @@ def command_line(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        # torch says "can't allocate memory" on a CPU, "Tried to allocate" on a GPU
         mistake = isinstance(error, (ValueError, OSError)) or "allocate" in repr(error)
         if os.getenv("NANORVT_TRACEBACK") or not mistake:
             raise

@@ -19,7 +19,7 @@ import h5py
 import hdf5plugin  # its import registers the Blosc filter with HDF5
 import numpy as np
 import torch
-from numcodecs import blosc as blosc1
+from numcodecs import blosc as blosc1  # numcodecs' blosc is Blosc 1, as is hdf5plugin.Blosc
 from numpy.lib.recfunctions import structured_to_unstructured
 from tqdm import tqdm
 
@@ -91,7 +91,8 @@ def move_boxes(boxes, hw, view):
         high = np.clip(boxes[start] + boxes[extent], first, last) - first
         # zoom; out, into the window
         if zoom != 1:
-            high = np.minimum((low + (high - low)) * zoom, size * min(zoom, 1) - 1)
+            high = low + (high - low)  # as RVT adds it: the last bit differs
+            high = np.minimum(high * zoom, size * min(zoom, 1) - 1)
             low = low * zoom
         boxes[start] = low + (corner - first)
         boxes[extent] = high - low
@@ -168,9 +169,10 @@ class Sequence:
         for frame, target in zip(range(start, stop), out):
             with reading(f"{self.file}: frame {frame} does not decode"):
                 skipped = True
-                if data.filter_ids == (hdf5plugin.BLOSC_ID,):  # then each frame is a chunk
+                a_frame_each = data.chunks == (1, *data.shape[1:])
+                if a_frame_each and data.filter_ids == (hdf5plugin.BLOSC_ID,):
                     skipped, chunk = data.id.read_direct_chunk((frame, 0, 0, 0))
-                if skipped:  # by the filter, or there is another one
+                if skipped:  # by the filter, or it is another one
                     target[:] = data[frame]
                 else:
                     check_blosc(chunk, target.nbytes)
@@ -351,7 +353,7 @@ class TrainData:
     sampling: "stream", "random" or "mixed" (of a micro-batch's slots mixed_stream : mixed_random,
     at least one each). Slots of a kind are numbered over processes, then micro-batches, then the
     batch: two processes of batch 2, or one that accumulates 2 micro-batches of 2, play what one of
-    batch 4 plays. In steps_per_epoch steps a slot plays every chunk once.
+    batch 4 plays. A pass of a slot is steps_per_epoch steps long and plays every chunk once.
     pin_memory: for copies to a GPU. ValueError: nothing to play. train.check says what else must
     hold.
     """

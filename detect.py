@@ -222,6 +222,7 @@ class StreamDetector:
             self.capture()
         self.reset()
 
+    @torch.no_grad()
     def step(self):
         """Set self.prediction, and self.state in place, as a CUDA graph has fixed addresses."""
         self.prediction, state = self.model(self.events, self.state)

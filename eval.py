@@ -39,7 +39,7 @@ defaults = {
     "confidence": 0.001,  # detections below this p_obj * p_cls are dropped
     "nms_iou": 0.45,  # of two detections of a class that overlap more, the worse is dropped
     "small_classes": ("pedestrian", "two-wheeler", "bicycle", "motorbike", "wheelchair"),  # a mean
-    "dtype": "float32",  # float32, bfloat16 or float16
+    "dtype": "float32",  # auto | float32 | bfloat16 | float16
 }
 
 # Reports are compared only where these agree.
@@ -158,6 +158,8 @@ def compare(paths):
 
 
 def main(argv):
+    if argv == ["--compare"]:
+        raise ValueError("--compare needs reports: --compare a.json b.json")
     if argv[:1] == ["--compare"]:
         print(compare(argv[1:]))
         return

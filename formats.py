@@ -22,7 +22,7 @@ BOX_DTYPE = np.dtype([
     ("track_id", "u4"),
     ("class_confidence", "f4"),
 ])
-WINDOW_US = 50_000  # events that a histogram counts
+WINDOW_US = 50_000  # a histogram counts the events of so long
 BINS = 10  # time bins of a window and polarity
 CHANNELS = 2 * BINS  # channel = polarity * BINS + time bin
 MAX_COUNT = 10  # counts saturate there
@@ -79,7 +79,7 @@ def histogram(t, x, y, p, height, width, downsample="none"):
     t (n,) us ascending, x, y (n,) px, p (n,) on where above 0; no events: zeros. Time bins span
     first to last event of the window, before any downsampling. downsample: "nearest" keeps odd rows
     and columns (nearest-exact), "sum" adds 2x2 pixels; both halve height and width, rounded down.
-    Bins are RVT's to the bit, hence float32; it counts in uint8 and wraps at 256, this saturates.
+    Bins are RVT's to the bit, hence float32; RVT counts in uint8 and wraps at 256, this saturates.
     """
     H = height // SCALES[downsample]
     W = width // SCALES[downsample]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 LEVELS = 4  # of a pyramid, at most, each of half the rows and columns of the one before
-MOST = 10   # anchors that a box can claim
+MAX_CLAIMS = 10   # anchors that a box can claim
 CHUNK = 32  # boxes of a frame that are compared with its candidates at once
 Assignment = namedtuple("Assignment", "anchor matched box iou")
 
@@ -140,15 +140,16 @@ def candidate_anchors(grid, targets):
 
     # one list for all boxes of a frame, in which A stands for none
     listed = torch.where(inside, anchor, A).flatten(1).sort(dim=1).values
-    if listed.shape[1] > max(A, MOST):
-        # crowded: each anchor once, and no more of a level than it has, a quarter of the one before
+    if listed.shape[1] > max(A, MAX_CLAIMS):
+        # crowded: each anchor once, and no more of a level than it has: of A anchors the nth finest
+        # of LEVELS has at most 3 * A / (4**n - 1), since each has a quarter of the one before
         repeated = F.pad(listed[:, 1:] == listed[:, :-1], (1, 0))
         listed = torch.where(repeated, A, listed).sort(dim=1).values
         most = sum(
             min(9 * targets.shape[1], 3 * A // (4**n - 1))
             for n in range(1, LEVELS + 1)
         )
-        listed = listed[:, : min(A, most)]
+        listed = listed[:, : max(MAX_CLAIMS, min(A, most))]  # a box may claim MAX_CLAIMS
     listed = F.pad(listed, (0, 1), value=A)  # (N, U)
     own = torch.searchsorted(listed, torch.where(near, anchor, A).flatten(1))
     valid = torch.zeros_like(listed).scatter(1, own, 1).bool() & (listed < A)
@@ -159,18 +160,19 @@ def claim(target, own, predicted, cost_cls):
     """What some boxes claim, and for each candidate the cheapest of them.
 
     target (N, M, 5), own (N, M, 9 * LEVELS), predicted boxes (N, U, 4), cost_cls (N, K, U)
-    -> places in U (N, M, MOST), filled with the last; cost (N, U) and index (N, U) of the cheapest
+    -> places in U (N, M, MAX_CLAIMS), filled with the last; cost (N, U) and index (N, U) of the
+    cheapest
     """
     iou = box_iou(target[:, :, None, 1:], predicted[:, None])  # (N, M, U)
-    count = iou.topk(MOST).values.sum(-1, keepdim=True).int().clamp(min=1)  # (N, M, 1)
+    count = iou.topk(MAX_CLAIMS).values.sum(-1, keepdim=True).int().clamp(min=1)  # (N, M, 1)
 
     # in place, since memory is what takes time here
     cost = take(cost_cls, target[..., 0].long())  # (N, M, U)
     cost -= iou.add_(1e-8).log_().mul_(3)
     cost += torch.full_like(cost, 1e6).scatter_(2, own, 0)  # for what is not its own
 
-    lowest, place = cost.topk(MOST, largest=False)
-    chosen = torch.arange(MOST, device=cost.device) < count
+    lowest, place = cost.topk(MAX_CLAIMS, largest=False)
+    chosen = torch.arange(MAX_CLAIMS, device=cost.device) < count
     chosen &= lowest.isfinite() & is_box(target)[..., None]
     last = cost.shape[2] - 1
     return torch.where(chosen, place, last), *cost.min(1)
@@ -208,8 +210,8 @@ def assign(prediction, targets):
     cheapest = CHUNK * part + torch.stack(cheapest).gather(0, part)
 
     # each anchor to its only claimant, or to the cheapest box
-    places = torch.cat(places, 1).flatten(1)  # (N, M * MOST)
-    claimant = torch.arange(places.shape[1], device=own.device) // MOST
+    places = torch.cat(places, 1).flatten(1)  # (N, M * MAX_CLAIMS)
+    claimant = torch.arange(places.shape[1], device=own.device) // MAX_CLAIMS
     none = torch.zeros_like(anchor)
     claims = none.scatter_add(1, places, torch.ones_like(places))
     only = none.scatter(1, places, claimant.expand_as(places))

@@ -35,8 +35,8 @@ class ModelConfig:
 
     input_hw: tuple = (0, 0)       # rows and columns of the event frames; (0, 0): from the data
     patch_size: int = 4            # stride of the first stage: 2, 3 or 4
-    partition_split: int = 0       # 0: attention groups of about 60 tokens; else of the rows and
-                                   # columns of the padded input / (8 * patch_size * split)
+    partition_split: int = 0       # the coarsest map has split x split attention groups; 0: the
+                                   # split whose groups are nearest to 60 tokens
     embed_dim: int = 64            # width of stage 1; doubles with each stage
     dim_head: int = 32             # width of an attention head
     fpn_stages: tuple = (2, 3, 4)  # stages in the pyramid: 2 to 4 neighbours, finest first
@@ -73,7 +73,7 @@ class ModelConfig:
     def resolved(self):
         """Copy with the partition split decided; ValueError while size or classes are unknown."""
         if min(*self.input_hw, self.num_classes) < 1:
-            raise ValueError(f"{self.input_hw=}, {self.num_classes=}: expected numbers above 0")
+            raise ValueError(f"unknown: input_hw {self.input_hw} or num_classes {self.num_classes}")
         if self.partition_split:
             return self
         splits = [dataclasses.replace(self, partition_split=split) for split in range(1, 9)]
@@ -189,8 +189,9 @@ class LSTMCell(Recomputable):
 
 
 class Stage(nn.Module):
-    """Stage k = 0..3: downsampling, window and grid attention on all frames, then a cell over time.
+    """Downsampling, window and grid attention on all frames, then a cell over time.
 
+    k = 0..3; fpn_stages counts from 1
     x (T * B, C_in, H, W), the cell's state (B, H / f, W / f, C) each
     -> features (T * B, C, H / f, W / f), like x in dtype, and the next state in float32
     """

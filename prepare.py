@@ -355,6 +355,7 @@ def filter_boxes(boxes, height, width, num_classes, box_filter, train):
     1280 (30 and 10 on Gen1's 304), in proportion on other sensors. sides5: 5 px sides. Boxes wider
     than 9/10 of the frame are faults and not trained on. Source: RVT, preprocess_dataset.py.
     """
+    boxes = boxes.copy()
     for corner, side, limit in (("x", "w", width - 1), ("y", "h", height - 1)):
         end = np.clip(boxes[corner] + boxes[side], 0, limit)
         boxes[corner] = np.clip(boxes[corner], 0, limit)
@@ -365,7 +366,7 @@ def filter_boxes(boxes, height, width, num_classes, box_filter, train):
     limits = {"none": (0, 0), "sides5": (5, 0), "prophesee": (unit, 3 * unit)}
     least, diagonal = limits[box_filter]
     widest = 9 * width // 10 if train else width
-    fine = {  # all False for NaN
+    fine = {  # reason to drop: which boxes it spares; all False for NaN
         "boxes of unknown class": boxes["class_id"] < num_classes,
         "boxes off the frame": (w > 0) & (h > 0),
         "boxes too small": (np.minimum(w, h) >= least) & (w ** 2 + h ** 2 >= diagonal ** 2),
@@ -406,7 +407,7 @@ def label_frames(times, grid_us):
         in_phase = since > JITTER_US and distance(since, base) <= JITTER_US
         on_grid = hertz in (30, 60) and distance(since, grid) <= JITTER_US
         late_enough = since > FRAME_US - min(interval, FRAME_US) / 2
-        if in_phase or late_enough and not on_grid:
+        if in_phase or (late_enough and not on_grid):
             frames.append(time)
     return np.array(frames, np.int64), spacing_us
 
@@ -414,7 +415,7 @@ def label_frames(times, grid_us):
 def check_clocks(recording, times):
     """ValueError if the events read and labels at times (L,) us seem to be of different clocks.
 
-    They are if most labels lie outside the recording, or one lasts 300 times as long as the other.
+    They are if most labels lie outside the recording, or one ends 300 times as late as the other.
     """
     first = recording.first_us
     last = recording.last_us
@@ -564,6 +565,7 @@ def find_sequences(folder):
             kind = "labels" if path.name.endswith("_bbox.npy") else "events"
             if kind == "labels" or path.suffix.lower() in READERS:
                 name = path.stem.removesuffix("_bbox").removesuffix(".dat").removesuffix("_td")
+                # where no recording follows, Recording fails with this text for a path
                 files = found.setdefault((split, name), {"events": f"no recording beside {path}"})
                 files[kind] = path
     if not found:
@@ -606,7 +608,7 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     if dataset not in DATASETS or options.box_filter not in BOX_FILTERS \
             or options.downsample not in SCALES:
         raise ValueError(
-            f"expected a dataset of {', '.join(DATASETS)}, a box_filter of "
+            f"{dataset=}, {chosen}: expected a dataset of {', '.join(DATASETS)}, a box_filter of "
             f"{', '.join(BOX_FILTERS)}, a downsample of {', '.join(SCALES)}")
     sequences = find_sequences(src)
     options.class_names = [str(name) for name in options.class_names]

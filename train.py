@@ -2,7 +2,7 @@
 
 In: a prepared data set, and a config: the keys below and those of ModelConfig, Augmentation and
 SizeAware, overridden by a Python file and --key=value. Out, in out_dir: ckpt.pt (last), best.pt
-(best validation AP), log.csv, curves.png, config.py (run it again).
+(best validation AP), log.csv, curves.png, config.py (the same run again, with another --out_dir).
 
     python train.py configs/toy.py                                   one process
     torchrun --nproc_per_node=2 train.py configs/baseline_3scale.py  data parallel, also over nodes
@@ -98,8 +98,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 COUNTS = ("sequence_length", "batch_size", "gradient_accumulation_steps", "eval_batch_size",
           "max_steps", "log_interval", "eval_interval", "checkpoint_interval", "max_bad_steps")
 # what a slot plays depends on these
-PLAN = ("data_dir", "sampling", "sequence_length", "batch_size", "gradient_accumulation_steps",
-        "seed")
+PLAN = ("data_dir", "sampling", "mixed_stream", "mixed_random", "sequence_length", "batch_size",
+        "gradient_accumulation_steps", "seed")
 # where a run stands, apart from its tensors
 PROGRESS = ("step", "evaluated", "best_ap", "bad_steps", "smoothed", "lowest", "high_steps",
             "sums", "count", "log")
@@ -253,10 +253,10 @@ class Run:
         self.rank, self.world = start_processes(self.device)
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # one process speaks
-        elif config.data_dir == defaults["data_dir"]:
+        if self.rank == 0 and config.data_dir == defaults["data_dir"]:
             ensure_toy(config.data_dir)
         if self.world > 1:
-            dist.barrier()
+            dist.barrier()  # the others wait for the data
         torch.manual_seed(config.seed)
 
         # data
@@ -290,6 +290,7 @@ class Run:
         if config.batch_size == 1 and H * W == model.config.strides[-1] ** 2:
             raise ValueError(f"batch norm sees one cell of {self.hw} frames: raise batch_size")
         self.parameters = list(model.parameters())
+        # running means and variances of the batch norms
         self.statistics = [x for name, x in model.named_buffers() if name != "grid"]
         self.forward = Forward(model, fields_of(SizeAware, config))
         if config.compile and self.cuda:
@@ -307,7 +308,7 @@ class Run:
         self.states = [model.initial_state(config.batch_size) for _ in groups]
         self.step = 0
         self.evaluated = 0      # step of the last validation
-        self.best_ap = -2.0
+        self.best_ap = -2.0     # below -1, the AP where nothing can be scored
         self.bad_steps = 0      # in a row that were not finite
         self.smoothed = 0.0     # loss, as a moving average
         self.lowest = math.inf  # smoothed loss so far
@@ -324,10 +325,11 @@ class Run:
 
     def forward_backward(self, group, batch):
         """Add a micro-batch's gradients and move its streams on. -> its share of each scalar."""
-        batch = batch._replace(frames=batch.frames.flatten().nonzero().flatten())  # (N,)
+        # the (T, B) mask of labelled frames as indices (N,), on the CPU: no synchronisation
+        batch = batch._replace(frames=batch.frames.flatten().nonzero().flatten())
         batch = batch._make(
             x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
-        for tensor in (batch.frames, batch.targets):
+        for tensor in (batch.frames, batch.targets):  # N varies: one compiled graph for all
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         events = data.augment(batch.events, batch.rows, batch.cols)
         state = reset_state(self.states[group], batch.is_first)
@@ -352,10 +354,10 @@ class Run:
         """
         statistics = [x.clone() for x in self.statistics]
         states = list(self.states)
-        scalars = Counter()
+        scalars = Counter()  # its update adds up
         for group, batch in enumerate(batches):
             scalars.update(self.forward_backward(group, batch))
-        scalars["state"] += stop
+        scalars["state"] += stop  # so that one exchange tells all processes who is to stop
         self.scaler.unscale_(self.optimizer)
         scalars["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
         values = torch.stack(list(scalars.values())) / self.world
@@ -369,8 +371,9 @@ class Run:
         if overflow or not wrong:
             CLIP[self.config.grad_clip_by](self.parameters, self.config.grad_clip or math.inf)
             self.scaler.step(self.optimizer)
+        if not wrong:
             self.record(scalars)
-        else:
+        elif not overflow:
             for now, before in zip(self.statistics, statistics):
                 now.copy_(before)
             self.states = states
@@ -431,7 +434,7 @@ class Run:
 
     def validate(self):
         """Score the validation set; best.pt keeps the weights with the best AP."""
-        if self.world > 1:
+        if self.world > 1:  # all evaluate with the statistics of the first
             for x in self.statistics:
                 dist.broadcast(x, 0)
         labels, found = detect.run(
@@ -532,7 +535,8 @@ def train(config, checkpoint=None):
     if checkpoint:
         run.restore(checkpoint)
     if run.rank == 0:
-        write(f"{out}/config.py", f"# python train.py {out}/config.py\n{dump(vars(config))}")
+        again = f"# python train.py {out}/config.py --out_dir=ANOTHER\n"
+        write(f"{out}/config.py", again + dump(vars(config)))
         if config.wandb_log:
             wandb_module().init(project=config.wandb_project, group=config.wandb_group,
                                 name=config.wandb_run_name, config=vars(config))
@@ -545,6 +549,7 @@ def train(config, checkpoint=None):
     loader = data.make_loader(run.batches.__getitem__, run.step * groups, config.num_workers)
     bar = tqdm(total=config.max_steps, initial=run.step, unit="step", disable=run.rank > 0)
     waited = busy = 0.0  # seconds since the last row of the log: for data, and in all
+    since = run.step     # of that row, or where this process began
     stopped = False
 
     with bar, StopSignal() as stop:
@@ -569,13 +574,14 @@ def train(config, checkpoint=None):
             # log
             if run.due(config.log_interval) or run.due(config.eval_interval):
                 speed = {
-                    "frames_per_s": round(run.count * frames_a_step / busy, 2),
+                    "frames_per_s": round((run.step - since) * frames_a_step / busy, 2),
                     "data_wait": round(waited / busy, 3),
                     "peak_gib": round(peak_gib(run.device), 3),
                 }
                 bar.set_postfix(speed, loss=run.smoothed)
                 run.add_row(lr=lr, **speed)
                 waited = busy = 0.0
+                since = run.step
 
             # save, also before a validation, which takes long and may run out of memory
             if run.due(config.checkpoint_interval) or run.due(config.eval_interval) or stopped:
@@ -588,10 +594,10 @@ def train(config, checkpoint=None):
     if stopped:
         print(f"stopped at step {run.step}; go on: "
               f"python train.py --out_dir={out} --init_from=resume")
-    else:
-        print(f"done, best AP {run.best_ap:.4f}; see {out}/curves.png; "
-              f"next: python eval.py --ckpt {out}/best.pt")
-    return 128 + (stop.number or signal.SIGTERM) if stopped else 0
+        return 128 + (stop.number or signal.SIGTERM)  # no number: another process was told
+    print(f"done, best AP {run.best_ap:.4f}; see {out}/curves.png; "
+          f"next: python eval.py --ckpt {out}/best.pt")
+    return 0
 
 
 def resume(out_dir, argv):

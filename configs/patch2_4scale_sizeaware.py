@@ -2,8 +2,8 @@
 
     python train.py configs/patch2_4scale_sizeaware.py --data_dir=datasets/etram
 
-Their alternative where memory is short: --batch_size=1 --gradient_accumulation_steps=2 (the same
-data, batch norm sees one stream at a time); or --checkpointing=True. The notes report (theirs,
+The notes' alternative where memory is short: --batch_size=1 --gradient_accumulation_steps=2 (the
+same data, batch norm sees one stream at a time); or --checkpointing=True. The notes report (theirs,
 unverified), by the eTraM fork's overall AP (class-agnostic, ids 0 to 2, Prophesee filter): AP 31.2,
 small 14.9, one run after training. Here: not measured.
 """
