@@ -116,8 +116,16 @@ def batches(sequences, T, batch_size):
 
 
 @torch.inference_mode()
-def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch.float32,
-        num_workers=0, **options):
+def run(
+    model,
+    sequences,
+    batch_size,
+    sequence_length,
+    device="cpu",
+    dtype=torch.float32,
+    num_workers=0,
+    **options,
+):
     """Labels and detections of every labelled frame, in order: two lists of arrays.
 
     Sequences (each has its own name) play as streams with carried state, sharded over the ranks
@@ -149,8 +157,9 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
     for k, chunks in tqdm(steps, "evaluating", leave=False):
         # A group starts from nothing; the sequences that have ended were its last.
         if k == 0:
-            state = model.initial_state(len(chunks))
-        state = [s[: len(chunks)] for s in state]
+            state = None
+        else:
+            state = [s[: len(chunks)] for s in state]
         frames = itertools.product(range(T), chunks)
         keys = [(sequence.name, start + t) for t, (sequence, start) in frames]
         labelled = torch.tensor([key in labels for key in keys]).view(T, -1)
@@ -236,40 +245,17 @@ def prophesee_filter(boxes, width):
     return boxes[(boxes["t"] > 500_000) & long & wide]
 
 
-def table(frames, box_filter="none", width=0):
+def table(frames, box_filter, width):
     """Rows (n, 7) of the boxes of all frames: frame, x, y, w, h, class_confidence, class_id."""
     fields = ["x", "y", "w", "h", "class_confidence", "class_id"]
     rows = [np.zeros((0, 7))]
     for k, boxes in enumerate(frames):
         if box_filter == "prophesee":
             boxes = prophesee_filter(boxes, width)
-        elif box_filter != "none":
-            raise ValueError(f"box_filter={box_filter!r}: expected none or prophesee")
         values = structured_to_unstructured(boxes[fields], float)
         rows.append(np.insert(values, 0, k, axis=1))
     rows = np.concatenate(rows)
     return rows[rows[:, 6].argsort(kind="stable")]  # equal scores rank by class, as in pycocotools
-
-
-def evaluator(truth, found, frames, K):
-    """hotcoco's COCOeval of labels and detections, as from `table`, of K classes in `frames`."""
-    images = [{"id": k} for k in frames]
-    classes = [{"id": k, "name": str(k)} for k in range(K)]
-    found = found[np.isin(found[:, 0], frames)]  # it would warn of each in other frames
-    coco = COCO.from_arrays(images, classes, truth[:, 0], truth[:, 6], truth[:, 1:5])
-    return COCOeval(coco, coco.load_res(found), "bbox")
-
-
-def confusion(labels, detections, K, confidence=0.3):
-    """Counts (K + 1, K + 1) of labelled (rows) against detected class; class K: background.
-
-    In frames with labels, detections with p_obj * p_cls >= confidence choose in turn, best first:
-    each the free label that it overlaps most, if their IoU is 0.5 or more, else the background.
-    """
-    truth = table(labels)
-    strong = [boxes[boxes["confidence"] >= confidence] for boxes in detections]
-    coco = evaluator(truth, table(strong), np.unique(truth[:, 0]), K)
-    return coco.confusion_matrix(0.5, max_det=10**6)["matrix"]
 
 
 def score_row(coco, classes):
@@ -312,27 +298,31 @@ def score_boxes(labels, detections, height, width, class_names, box_filter="none
     96x96, and above. Frames without labels (after the filter) are not scored. class_agnostic:
     classes do not matter for a match, as with the eTraM fork's useCats=0; class_ids: only these
     classes exist, but frames with labels of others stay.
-    -> the row, and "classes": {name: the row of this class} and "curves": {name: precision (101,)
-    over recall 0..1 at IoU 0.5}, both of "all" where class_agnostic.
+    -> the row, and "classes": {name: the row of this class}; "curves" (101, K): precision over
+    recall 0..1 at IoU 0.5; "confusion" (K + 1, K + 1): counts of labelled (rows) against detected
+    class, where K is the background and detections choose in turn, best first: each the free label
+    of any class that it overlaps most, if their IoU is 0.5 or more.
     """
     truth = table(labels, box_filter, width)
     found = table(detections, box_filter, width)
     frames = np.unique(truth[:, 0])
+    found = found[np.isin(found[:, 0], frames)]  # hotcoco would warn of each in other frames
     if class_ids is not None:
         truth = truth[np.isin(truth[:, 6], class_ids)]
         found = found[np.isin(found[:, 6], class_ids)]
     if class_agnostic:
         truth[:, 6] = found[:, 6] = 0
         class_names = ["all"]
-    coco = evaluator(truth, found, frames, len(class_names))
+    K = len(class_names)
+    images = [{"id": k} for k in frames]
+    classes = [{"id": k, "name": "class"} for k in range(K)]
+    truth = COCO.from_arrays(images, classes, truth[:, 0], truth[:, 6], truth[:, 1:5])
+    coco = COCOeval(truth, truth.load_res(found), "bbox")
     coco.params.area_rng = [(0, 1e10), *SIZES.values()]
     coco.evaluate()
     coco.accumulate()
-
-    rows = {}
-    curves = {}
-    for k, name in enumerate(class_names):
-        rows[name] = score_row(coco, [k])
-        curves[name] = coco.eval["precision"][0, :, k, 0, 2]
-    every = score_row(coco, range(len(class_names)))
-    return every | {"classes": rows, "curves": curves}
+    return score_row(coco, range(K)) | {
+        "classes": {name: score_row(coco, [k]) for k, name in enumerate(class_names)},
+        "curves": coco.eval["precision"][0, :, :, 0, 2],
+        "confusion": coco.confusion_matrix()["matrix"],
+    }

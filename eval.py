@@ -23,7 +23,6 @@ from data import load_classes, open_split
 from detect import (
     FILTERS,
     StreamDetector,  # noqa: F401, for `from eval import StreamDetector`
-    confusion,
     run,
     score_boxes,
 )
@@ -50,7 +49,7 @@ def report(labels, detections, height, width, class_names,
 
     labels, detections: as `run` returns them. A row of your own is added like these.
     -> "settings" (what was passed, resolution, classes, number of labels), "rows" (by protocol),
-    "curves" (per class, precision at recall 0, 0.04, ... 1 for IoU 0.5, all boxes).
+    "curves" (of each class: precision at recall 0, 0.01, ... 1 for IoU 0.5, all boxes).
     """
     run_of = labels, detections, height, width, class_names
     small = [name for name in class_names if name in small_classes]
@@ -71,14 +70,9 @@ def report(labels, detections, height, width, class_names,
     rows = {}
     for title, row in scores.items():
         rows[title] = {k: None if v == -1 else v for k, v in row.items() if np.isscalar(v)}
-    curves = {}
-    for name, curve in scores["class mean, all boxes"]["curves"].items():
-        curves[name] = curve[::4].tolist()
-    settings |= {
-        "resolution": [height, width],
-        "classes": list(class_names),
-        "boxes": sum(map(len, labels)),
-    }
+    settings |= {"resolution": [height, width], "classes": list(class_names),
+                 "boxes": sum(map(len, labels))}
+    curves = scores["class mean, all boxes"]["curves"].T.tolist()
     return {"settings": settings, "rows": rows, "curves": curves}
 
 
@@ -147,12 +141,13 @@ def main(argv):
                         dtype, config.num_workers, **options)
     if dist.is_initialized() and dist.get_rank():
         return
-    where = {"split": config.split, "data_dir": config.data_dir}
-    result = report(labels, found, *hw, names, config.small_classes, **where, **options)
+    options |= {"split": config.split, "data_dir": config.data_dir}
+    result = report(labels, found, *hw, names, config.small_classes, **options)
     path = folder / f"{Path(path).stem}_{config.split}.json"
     write(path, json.dumps(result, indent=1))
-    counts = confusion(labels, found, K)
-    pictures(path.with_suffix(".png"), result, counts, sequences, labels, found)
+    strong = [boxes[boxes["confidence"] >= 0.3] for boxes in found]
+    confusion = score_boxes(labels, strong, *hw, names)["confusion"]
+    pictures(path.with_suffix(".png"), result, confusion, sequences, labels, strong)
     print(compare([path]))
     print(f"written: {path} and .png")
 

@@ -68,10 +68,10 @@ def draw_curves(path, rows):
 
 # ---- report
 
-def draw_precision_recall(axes, curves):
-    """A line for each class; curves: {name: precision at even steps of recall from 0 to 1}."""
-    for name, precision in curves.items():
-        axes.plot(np.linspace(0, 1, len(precision)), precision, label=name)
+def draw_precision_recall(axes, curves, names):
+    """A line for each class; curves: of each, precision at recall 0, 0.01, ... 1."""
+    for precision, name in zip(curves, names):
+        axes.plot(np.linspace(0, 1, 101), precision, label=name)
     axes.set(
         title="IoU 0.5, all boxes",
         xlabel="recall",
@@ -101,17 +101,17 @@ def draw_ap_by_size(axes, row):
     axes.set(title="AP by size, class mean, all boxes")
 
 
-def pictures(path, report, counts, sequences, labels, detections, confidence=0.3):
+def pictures(path, report, confusion, sequences, labels, detections):
     """Write precision-recall, confusion and AP by size, then some frames, as one picture.
 
-    report: as eval.py makes it; counts: of `confusion`; labels, detections: boxes of each labelled
-    frame of `sequences`, in their order. Frames show detections with p_obj * p_cls >= confidence.
+    report: as eval.py makes it; confusion: counts as of score_boxes; labels, detections: boxes
+    that are shown in each labelled frame of `sequences`, in their order.
     """
     figure = Figure((19, 19), layout="constrained")
     left, middle, right, *places = figure.subplots(4, 3).flat
     names = report["settings"]["classes"]
-    draw_precision_recall(left, report["curves"])
-    draw_confusion(middle, counts, [*names, "background"])
+    draw_precision_recall(left, report["curves"], names)
+    draw_confusion(middle, confusion, [*names, "background"])
     draw_ap_by_size(right, report["rows"]["class mean, all boxes"])
 
     # as many frames as there are places, spread over all sequences
@@ -122,9 +122,7 @@ def pictures(path, report, counts, sequences, labels, detections, confidence=0.3
     for axes, k in zip(places, range(0, len(frames), step)):
         sequence, t = frames[k]
         events = sequence.read(t, t + 1)[0]
-        found = detections[k]
-        found = found[found["confidence"] >= confidence]
-        axes.imshow(draw(events, found, names, labels[k]))
+        axes.imshow(draw(events, detections[k], names, labels[k]))
         axes.set_title(f"{sequence.name}, frame {t}")
         axes.set_axis_off()
     write(path, figure.savefig)

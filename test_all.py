@@ -99,10 +99,8 @@ from conftest import (
 )
 from data import Augmentation, TrainData, View, augment, index_map, move_boxes, open_split
 from detect import (
-    DETECTION_DTYPE,
     SIZES,
     StreamDetector,
-    confusion,
     detections,
     nms,
     prophesee_filter,
@@ -1877,33 +1875,22 @@ def test_score_boxes_keeps_frames_that_hold_only_other_classes():
     assert both["AP"] > 0.999999
 
 
-# ---- confusion
+def test_score_boxes_counts_confusion_by_hand():
+    def confusion(truth, found):
+        return score_boxes(truth, found, 64, 200, ["a", "b"])["confusion"].tolist()
 
-
-def scored(boxes):
-    """Detections of which p_obj * p_cls is the class_confidence."""
-    found = np.zeros(len(boxes), DETECTION_DTYPE)
-    for name in boxes.dtype.names:
-        found[name] = boxes[name]
-    found["confidence"] = boxes["class_confidence"]
-    return found
-
-
-def test_confusion_by_hand():
     truth = some_boxes(0, [(0, 0, 20, 20), (50, 0, 20, 20), (100, 0, 20, 20)], [0, 1, 1])
-    places = [(0, 0, 20, 20), (51, 0, 20, 20), (50, 1, 20, 20), (0, 50, 9, 9), (100, 0, 20, 20)]
-    found = scored(some_boxes(0, places, [0, 0, 1, 1, 1], [0.9, 0.8, 0.7, 0.6, 0.1]))
+    places = [(0, 0, 20, 20), (51, 0, 20, 20), (50, 1, 20, 20), (0, 50, 9, 9)]
+    found = some_boxes(0, places, [0, 0, 1, 1], [0.9, 0.8, 0.7, 0.6])
     # columns: as 0, as 1, missed; the second detection of a label is one of the background
-    assert confusion([truth], [found], 2).tolist() == [[1, 0, 0], [1, 0, 1], [0, 2, 0]]
-    again = confusion([truth[:0], truth], [found[:2], found[::-1]], 2)
-    assert again.tolist() == [[1, 0, 0], [1, 0, 1], [0, 2, 0]]  # best first, whatever the order
-    assert confusion([truth], [found[:0]], 2).tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 0]]
-
-
-def test_confusion_leaves_a_second_detection_the_next_best_label():
+    assert confusion([truth], [found]) == [[1, 0, 0], [1, 0, 1], [0, 2, 0]]
+    # best first, whatever the order; frames without labels do not count
+    assert confusion([truth[:0], truth], [found, found[::-1]]) == [[1, 0, 0], [1, 0, 1], [0, 2, 0]]
+    assert confusion([truth], [found[:0]]) == [[0, 0, 1], [0, 0, 2], [0, 0, 0]]
+    # a second detection gets the next best label
     truth = some_boxes(0, [(0, 0, 20, 20), (0, 6, 20, 20)], [0, 1])
-    found = scored(some_boxes(0, [(0, 2, 20, 20), (0, 2, 20, 20)], [0, 0], [0.9, 0.8]))
-    assert confusion([truth], [found], 2).tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    found = some_boxes(0, [(0, 2, 20, 20), (0, 2, 20, 20)], [0, 0], [0.9, 0.8])
+    assert confusion([truth], [found]) == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
 
 
 # ==== eval.py
@@ -2032,11 +2019,9 @@ def test_draw_curves_of_every_column_and_of_fields_that_are_empty(tmp_path):
 
 def test_pictures_of_frames_with_detections(tmp_path):
     sequence = MemorySequence("a", 4, (0, 2, 3))  # fewer frames than places
-    found = [scored(boxes) for boxes in sequence.boxes]
-    result = report(sequence.boxes, found, 64, 64, NAMES)
-    counts = confusion(sequence.boxes, found, 4)
-    shown = [sequence], sequence.boxes, found
-    pictures.pictures(tmp_path / "report.png", result, counts, *shown)
+    boxes = sequence.boxes
+    result = report(boxes, boxes, 64, 64, NAMES)
+    pictures.pictures(tmp_path / "report.png", result, np.eye(5), [sequence], boxes, boxes)
     assert min(size_of(tmp_path / "report.png")) > 1000
 
 
