@@ -23,12 +23,9 @@ import train
 from configurator import command_line, configure
 from loss import SizeAware
 
-defaults = train.defaults | {
-    "batch_sizes": (1, 2, 4, 6, 8),
-    "budget_gib": 24.0,      # memory of the card to fit
-    "input_hw": (360, 640),  # this and num_classes: as a data set would have them
-    "num_classes": 8,
-}
+# budget_gib: memory of the card to fit; frames and classes as a data set would have them
+defaults = train.defaults | {"batch_sizes": (1, 2, 4, 6, 8), "budget_gib": 24.0,
+                             "input_hw": (360, 640), "num_classes": 8}
 
 
 def kept_gib(forward, inputs):
@@ -89,9 +86,7 @@ def measure(config, B, device, dtype):
 
 
 def largest_batch(rows, budget_gib):
-    """Largest batch in the budget, on the line through the peaks; "n/a" for a single peak."""
-    if len(rows) < 2:
-        return "n/a"
+    """Largest batch in the budget, on the line through the peaks of two rows or more."""
     peaks = [row["peak_gib"] for row in rows]
     slope, base = np.polyfit([row["batch"] for row in rows], peaks, 1)
     return int((budget_gib - base) / slope)
@@ -109,7 +104,7 @@ def main(argv):
             break  # it does not fit on this device
         print(rows[-1])
     result = {"argv": argv, "device": str(device), "dtype": str(dtype), "rows": rows,
-              "largest_batch": largest_batch(rows, config.budget_gib)}
+              "largest_batch": largest_batch(rows, config.budget_gib) if rows[1:] else "n/a"}
     print(json.dumps(result))
 
 

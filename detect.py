@@ -116,16 +116,8 @@ def batches(sequences, T, batch_size):
 
 
 @torch.inference_mode()
-def run(
-    model,
-    sequences,
-    batch_size,
-    sequence_length,
-    device="cpu",
-    dtype=torch.float32,
-    num_workers=0,
-    **options,
-):
+def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch.float32,
+        num_workers=0, **options):
     """Labels and detections of every labelled frame, in order: two lists of arrays.
 
     Sequences (each has its own name) play as streams with carried state, sharded over the ranks

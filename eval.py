@@ -20,12 +20,7 @@ import train
 from checkpoint import load_detector, read_checkpoint
 from configurator import command_line, configure, value_of
 from data import load_classes, open_split
-from detect import (
-    FILTERS,
-    StreamDetector,  # noqa: F401, for `from eval import StreamDetector`
-    run,
-    score_boxes,
-)
+from detect import FILTERS, StreamDetector, run, score_boxes  # noqa: F401, StreamDetector
 from formats import reading, write
 from pictures import pictures
 
