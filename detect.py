@@ -56,9 +56,9 @@ def nms(box_xyxy, score, label, iou, block=128):
         clash = box_iou(box_cxcywh[part], box_cxcywh[rest]) > iou
         drops = (clash & (label[part] == label[rest])).triu(1).numpy()  # (block, rest)
         keep = np.ones(len(rest), bool)
-        for i in range(len(part)):  # a box that is still there drops those after it
+        for i, dropped in enumerate(drops):  # a box that is still there drops those after it
             if keep[i]:
-                keep &= ~drops[i]
+                keep &= ~dropped
         kept.append(rest[:block][keep[:block]])
         rest = rest[block:][keep[block:]]
     return torch.cat(kept)
@@ -116,8 +116,10 @@ def batches(sequences, T, batch_size):
 
 
 @torch.inference_mode()
-def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch.float32,
-        num_workers=0, **options):
+def run(
+    model, sequences, batch_size, sequence_length,
+    device="cpu", dtype=torch.float32, num_workers=0, **options,
+):
     """Labels and detections of every labelled frame, in order: two lists of arrays.
 
     Sequences (each has its own name) play as streams with carried state, sharded over the ranks
@@ -160,14 +162,14 @@ def run(model, sequences, batch_size, sequence_length, device="cpu", dtype=torch
             prediction, state = model(events, state, labelled)
         due = [key for key in keys if key in labels]
         t_us = [labels[key]["t"][0] for key in due]
-        found.update(zip(due, detections(prediction, t_us, **options)))
+        found |= zip(due, detections(prediction, t_us, **options))
     model.train(training)
 
     if world > 1:
         shards = [None] * world
         dist.all_gather_object(shards, found)
         for shard in shards:
-            found.update(shard)
+            found |= shard
     return list(labels.values()), [found[key] for key in labels]
 
 
@@ -187,8 +189,8 @@ class StreamDetector:
         self.state = model.initial_state(1)
         self.model = copy.deepcopy(model).eval().to(dtype)
         self.model.grid = model.grid  # cell numbers are not exact in bfloat16
-        shape = (1, 1, 20, *model.config.input_hw)
-        self.events = torch.zeros(shape, dtype=torch.uint8, device=model.grid.device)
+        H, W = model.config.input_hw
+        self.events = torch.zeros(1, 1, 20, H, W, dtype=torch.uint8, device=model.grid.device)
         self.graph = None
         if self.events.is_cuda:
             self.step()  # libraries set up before the capture
@@ -281,8 +283,10 @@ def score_row(coco, classes):
     return row
 
 
-def score_boxes(labels, detections, height, width, class_names, box_filter="none",
-                class_agnostic=False, class_ids=None):
+def score_boxes(
+    labels, detections, height, width, class_names,
+    box_filter="none", class_agnostic=False, class_ids=None,
+):
     """COCO scores of detections, by hotcoco, which equals pycocotools: a row of `score_row`.
 
     labels, detections: lists of structured arrays (t, x, y, w, h, class_id, class_confidence), one

@@ -38,8 +38,10 @@ defaults = {
 # ---- report
 
 
-def report(labels, detections, height, width, class_names,
-           small_classes=defaults["small_classes"], **settings):
+def report(
+    labels, detections, height, width, class_names,
+    small_classes=defaults["small_classes"], **settings,
+):
     """All scores of a run, each row under its protocol, ready for JSON; undefined values are None.
 
     labels, detections: as `run` returns them. A row of your own is added like these.
@@ -71,9 +73,9 @@ def report(labels, detections, height, width, class_names,
     return {"settings": settings, "rows": rows, "curves": curves}
 
 
-def line(values, title, sign=""):
-    """Line of a table: numbers, then a title."""
-    return "".join([f"{value:{sign}8.7g}" for value in values.round(4)]) + f"  {title}"
+def line(form, values, title):
+    """Line of a table: values, each in the form of printf, then a title."""
+    return form * len(values) % tuple(values) + f"  {title}"
 
 
 def compare(paths):
@@ -88,15 +90,15 @@ def compare(paths):
             reports.append(report)
             if report["settings"] != reports[0]["settings"]:
                 raise ValueError(f"not comparable with {paths[0]}: {report['settings']}")
-            rows = report["rows"]
-    lines = ["".join([f"{name:>8}" for name in next(iter(rows.values()))])]
+            head = next(iter(report["rows"].values()))
+    lines = [line("%8s", head, "protocol | report")]
     for title, row in reports[0]["rows"].items():
         base = np.array(list(row.values()), float)  # None becomes NaN
         for path, report in zip(paths, reports):
             values = np.array(list(report["rows"][title].values()), float)
-            lines.append(line(values, f"{title} | {path}"))
+            lines.append(line("%8.7g", values.round(4), f"{title} | {path}"))
             if report is not reports[0]:
-                lines.append(line(values - base, "  difference", "+"))
+                lines.append(line("%+8.7g", (values - base).round(4), "  difference"))
     return "\n".join(lines)
 
 
@@ -144,7 +146,6 @@ def main(argv):
     confusion = score_boxes(labels, strong, *hw, names)["confusion"]
     pictures(path.with_suffix(".png"), result, confusion, sequences, labels, strong)
     print(compare([path]))
-    print(f"written: {path} and .png")
 
 
 if __name__ == "__main__":

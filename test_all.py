@@ -1942,7 +1942,7 @@ def test_compare_shows_differences_and_a_metric_of_ones_own(monkeypatch, tmp_pat
     row["AP"] += 0.015
     paths[1].write_text(json.dumps(result))
     lines = compare(paths).splitlines()
-    assert lines[0].endswith("twice")
+    assert "   twice  " in lines[0]
     assert lines[2].endswith(f"class mean, all boxes | {paths[1]}")
     assert lines[2].split()[2] == f"{row['AP']:.4f}"
     assert lines[3].split() == ["+0", "+0", "+0.015", *["+0"] * 14, "difference"]
