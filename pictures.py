@@ -88,7 +88,7 @@ def draw_confusion(axes, counts, names):
     axes.set_xticks(range(len(names)), names, rotation=30)
     axes.set_yticks(range(len(names)), names)
     axes.set(
-        title="boxes, IoU >= 0.5",
+        title="boxes, IoU >= 0.5, p_obj * p_cls >= 0.3",
         xlabel="detected",
         ylabel="labelled",
     )
