@@ -131,8 +131,7 @@ def main(argv):
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-    ms = np.median(detector.ms)
-    print(f"{out}: {len(found)} frames of {size}; {ms:.1f} ms a frame on {device}")
+    print(f"{out}: {len(found)} frames of {size}")
 
 
 if __name__ == "__main__":

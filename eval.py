@@ -10,7 +10,6 @@ folder) a report, CHECKPOINT_SPLIT.json, with pictures, CHECKPOINT_SPLIT.png.
 """
 
 import json
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,15 +20,8 @@ import train
 from checkpoint import load_detector, read_checkpoint
 from configurator import command_line, configure, value_of
 from data import load_classes, open_split
-from detect import (
-    FILTERS,
-    SIZES,
-    StreamDetector,  # noqa: F401, for `from eval import StreamDetector`
-    class_mean,
-    run,
-    score_boxes,
-)
-from formats import BOX_DTYPE, reading, write
+from detect import FILTERS, StreamDetector, run, score_boxes  # noqa: F401, StreamDetector
+from formats import reading, write
 from pictures import pictures
 
 defaults = {
@@ -42,40 +34,23 @@ defaults = {
     "dtype": "float32",  # auto | float32 | bfloat16 | float16
 }
 
-# Reports are compared only where these agree.
-COMPARABLE = (
-    "split",
-    "data_dir",
-    "resolution",
-    "classes",
-    "boxes",
-    "score",
-    "confidence",
-    "nms_iou",
-)
-
 
 # ---- report
 
 
 def report(
-    labels,
-    detections,
-    height,
-    width,
-    class_names,
-    small_classes=defaults["small_classes"],
-    **settings,
+    labels, detections, height, width, class_names,
+    small_classes=defaults["small_classes"], **settings,
 ):
     """All scores of a run, each row under its protocol, ready for JSON; undefined values are None.
 
     labels, detections: as `run` returns them. A row of your own is added like these.
-    -> "settings" (what was passed, resolution, classes, number of labels), "sizes" (labels of each
-    size), "rows" (by protocol), "curves" (per class, precision at recall 0, 0.04, ... 1 for IoU
-    0.5, all boxes).
+    -> "settings" (what was passed, resolution, classes, number of labels), "rows" (by protocol),
+    "curves" (of each class: precision at recall 0, 0.01, ... 1 for IoU 0.5, all boxes).
     """
     run_of = labels, detections, height, width, class_names
     small = [name for name in class_names if name in small_classes]
+    small_ids = [class_names.index(name) for name in small]
     scores = {}
     for box_filter, kind in FILTERS.items():
         every = score_boxes(*run_of, box_filter)
@@ -83,7 +58,7 @@ def report(
         scores[f"class-agnostic, {kind}"] = score_boxes(*run_of, box_filter, class_agnostic=True)
         if small:
             title = f"small_classes ({', '.join(small)}), class mean, {kind}"
-            scores[title] = class_mean([every["classes"][name] for name in small])
+            scores[title] = score_boxes(*run_of, box_filter, class_ids=small_ids)
         for name, row in every["classes"].items():
             scores[f"{name}, {kind}"] = row
     title = "eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter"
@@ -92,75 +67,46 @@ def report(
     rows = {}
     for title, row in scores.items():
         rows[title] = {k: None if v == -1 else v for k, v in row.items() if np.isscalar(v)}
-    curves = {}
-    for name, curve in scores["class mean, all boxes"]["curves"].items():
-        curves[name] = curve[::4].round(3).tolist()
-    boxes = np.concatenate([*labels, np.zeros(0, BOX_DTYPE)])
-    area = boxes["w"] * boxes["h"]
-    sizes = {}
-    for name, (low, high) in SIZES.items():
-        sizes[name] = int(((area >= low) & (area <= high)).sum())
-    settings |= {
-        "resolution": [height, width],
-        "classes": list(class_names),
-        "boxes": len(boxes),
-    }
-    return {"settings": settings, "sizes": sizes, "rows": rows, "curves": curves}
+    settings |= {"resolution": [height, width], "classes": list(class_names),
+                 "boxes": sum(map(len, labels))}
+    curves = scores["class mean, all boxes"]["curves"].T.tolist()
+    return {"settings": settings, "rows": rows, "curves": curves}
 
 
-def line(title, row, columns, sign=""):
-    """Line of a table: counts, scores in percent, title."""
-    text = ""
-    for name in columns:
-        value = row.get(name)
-        if value is None:
-            text += "    n/a"
-        elif isinstance(value, int):
-            text += f"{value:7}"
-        else:
-            text += f"{100 * value:{sign}7.1f}"
-    return f"{text}   {title}"
+def line(form, values, title):
+    """Line of a table: values, each in the form of printf, then a title."""
+    return form * len(values) % tuple(values) + f"  {title}"
 
 
 def compare(paths):
-    """Reports as text: their settings, then rows by protocol, with differences to the first report.
+    """Reports as text: rows by protocol, a line for each report, its differences to the first.
 
     ValueError: a file that is no report; one of another split, data, threshold or ranking.
     """
-    first = None
-    columns = ()
-    settings = []
-    table = {}  # lines by protocol
+    reports = []
     for path in paths:
         with reading(path):
             report = json.loads(Path(path).read_text())
-            first = first or report
-            for key in COMPARABLE:
-                value = report["settings"][key]
-                if value != first["settings"][key]:
-                    raise ValueError(f"not comparable with {paths[0]}: {key} is {value}")
-            settings.append(f"{path}: {report['settings']}, boxes by size: {report['sizes']}")
-            for title, row in report["rows"].items():
-                columns = list(row)
-                name = title if report is first else f"{title} | {path}"
-                block = table.setdefault(title, [])
-                block.append(line(name, row, columns))
-                if report is not first:
-                    base = first["rows"].get(title, {})
-                    both = [k for k in columns if None not in (row[k], base.get(k))]
-                    change = {k: row[k] - base[k] for k in both}
-                    block.append(line("  difference", change, columns, "+"))
-    head = "".join([f"{name:>7}" for name in columns])
-    return "\n".join([*settings, f"{head}   in %, by protocol", *sum(table.values(), [])])
+            reports.append(report)
+            if report["settings"] != reports[0]["settings"]:
+                raise ValueError(f"not comparable with {paths[0]}: {report['settings']}")
+            head = next(iter(report["rows"].values()))
+    lines = [line("%8s", head, "protocol | report")]
+    for title, row in reports[0]["rows"].items():
+        base = np.array(list(row.values()), float)  # None becomes NaN
+        for path, report in zip(paths, reports):
+            values = np.array(list(report["rows"][title].values()), float)
+            lines.append(line("%8.7g", values.round(4), f"{title} | {path}"))
+            if report is not reports[0]:
+                lines.append(line("%+8.7g", (values - base).round(4), "  difference"))
+    return "\n".join(lines)
 
 
 # ---- command line
 
 
 def main(argv):
-    if argv == ["--compare"]:
-        raise ValueError("--compare needs reports: --compare a.json b.json")
-    if argv[:1] == ["--compare"]:
+    if len(argv) > 1 and argv[0] == "--compare":
         print(compare(argv[1:]))
         return
 
@@ -171,12 +117,9 @@ def main(argv):
     trained = {k: value_of(k, v, known, path) for k, v in trained.items() if k in known}
     known |= trained | defaults | {"out_dir": str(Path(path).parent)}
     config = SimpleNamespace(**configure(known, argv))
-    with reading(f"{path} or an option"):
-        train.check(config)
+    train.check(config)
     folder = Path(config.out_dir, "eval")
-    with reading(f"no report can be written to {folder}; choose another --out_dir"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+    folder.mkdir(parents=True, exist_ok=True)
     device, dtype = train.resolve_device(config)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
@@ -190,27 +133,19 @@ def main(argv):
     if own != names or K != len(names):
         raise ValueError(f"{path} is for {K} classes, {own}, but {config.data_dir} has {names}")
 
-    labels, found = run(
-        model,
-        sequences,
-        config.eval_batch_size,
-        config.sequence_length,
-        device,
-        dtype,
-        config.num_workers,
-        confidence=config.confidence,
-        nms_iou=config.nms_iou,
-        score=config.score,
-    )
+    options = {key: getattr(config, key) for key in ("confidence", "nms_iou", "score")}
+    labels, found = run(model, sequences, config.eval_batch_size, config.sequence_length, device,
+                        dtype, config.num_workers, **options)
     if dist.is_initialized() and dist.get_rank():
         return
-    settings = {key: getattr(config, key) for key in ("data_dir", "sequence_length", *defaults)}
-    result = report(labels, found, *hw, names, **settings)
+    options |= {"split": config.split, "data_dir": config.data_dir}
+    result = report(labels, found, *hw, names, config.small_classes, **options)
     path = folder / f"{Path(path).stem}_{config.split}.json"
     write(path, json.dumps(result, indent=1))
-    pictures(path.with_suffix(".png"), result, sequences, labels, found, names)
+    strong = [boxes[boxes["confidence"] >= 0.3] for boxes in found]
+    confusion = score_boxes(labels, strong, *hw, names)["confusion"]
+    pictures(path.with_suffix(".png"), result, confusion, sequences, labels, strong)
     print(compare([path]))
-    print(f"written: {path} and .png")
 
 
 if __name__ == "__main__":

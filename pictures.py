@@ -7,14 +7,11 @@ others), whole or not at all. train.py, eval.py, data.py and demo.py call it.
 """
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from einops import reduce
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from formats import write
-from loss import box_iou
 
 EVENTS = ((90, 150, 255), (255, 140, 40))  # colours of negative and of positive ones
 
@@ -23,8 +20,7 @@ EVENTS = ((90, 150, 255), (255, 140, 40))  # colours of negative and of positive
 
 def outline(image, scale, box, colour, text=""):
     """Draw a box and a text above it; `image` is a frame enlarged by `scale`, box in its pixels."""
-    enlarged = np.multiply([box[name] for name in "xywh"], scale)
-    x, y, w, h = np.nan_to_num(enlarged)
+    x, y, w, h = np.nan_to_num([box[name] * scale for name in "xywh"])
     # what lies outside moves to the border
     edges = np.clip([x, y, x + w, y + h], 0, max(image.size) - 1).tolist()
     canvas = ImageDraw.Draw(image)
@@ -60,58 +56,22 @@ def draw(events, detections, class_names, truth=()):
 
 def draw_curves(path, rows):
     """Every column of a log over its steps, a panel each, as a picture; rows: dicts with a step."""
-    curves = {}
-    for row in rows:
-        for key, value in row.items():
-            curves.setdefault(key, []).append((row["step"], value))
-    del curves["step"]
+    keys = sorted(set().union(*rows) - {"step"})
     figure = Figure((16, 8), layout="constrained")
-    panels = figure.subplots(-(-len(curves) // 4), 4, squeeze=False)
-    for axes, key in zip(panels.flat, curves):
-        steps, values = np.transpose(curves[key])
-        axes.plot(steps, values, ".-")
+    panels = figure.subplots(-(-len(keys) // 4), 4, squeeze=False)
+    for axes, key in zip(panels.flat, keys):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*np.transpose(points), ".-")
         axes.set(title=key, xlabel="step")
     write(path, figure.savefig)
 
 
 # ---- report
 
-def centred(boxes):
-    """Tensor (n, 4) of cx, cy, w, h of structured boxes."""
-    x = boxes["x"] + boxes["w"] / 2
-    y = boxes["y"] + boxes["h"] / 2
-    return torch.from_numpy(np.column_stack((x, y, boxes["w"], boxes["h"])))
-
-
-def confusion(labels, detections, K, confidence):
-    """Counts (F, K + 1, K + 1) in each frame of labelled class (rows) against detected class.
-
-    Class K is the background. Detections with p_obj * p_cls >= confidence choose in turn, best
-    first: each the label, of any class and not chosen yet, that it overlaps most, if their IoU is
-    0.5 or more, else the background. Labels that none chooses are missed.
-    """
-    counts = np.zeros((len(labels), K + 1, K + 1), int)
-    for count, truth, found in zip(counts, labels, detections):
-        found = found[found["confidence"] >= confidence]
-        found = found[np.argsort(-found["confidence"])]
-        iou = box_iou(centred(found)[:, None], centred(truth)).nan_to_num()
-        iou = F.pad(iou, (0, 1), value=0.5)  # the last column is the background
-        classes = [*truth["class_id"], K]
-        for overlap, detected in zip(iou, found["class_id"]):
-            chosen = overlap.argmax()
-            count[classes[chosen], detected] += 1
-            iou[:, chosen] = 0  # no other detection gets it
-            iou[:, -1] = 0.5
-        labelled = np.bincount(truth["class_id"], minlength=K)
-        count[:K, K] = labelled - count[:K].sum(1)
-    return counts
-
-
-def draw_precision_recall(axes, curves):
-    """A line for each class; curves: {name: precision at even steps of recall from 0 to 1}."""
-    for name, precision in curves.items():
-        recall = np.linspace(0, 1, len(precision))
-        axes.plot(recall, precision, label=name)
+def draw_precision_recall(axes, curves, names):
+    """A line for each class; curves: of each, precision at recall 0, 0.01, ... 1."""
+    for precision, name in zip(curves, names):
+        axes.plot(np.linspace(0, 1, 101), precision, label=name)
     axes.set(
         title="IoU 0.5, all boxes",
         xlabel="recall",
@@ -120,55 +80,49 @@ def draw_precision_recall(axes, curves):
     axes.legend()
 
 
-def draw_confusion(axes, counts, names, confidence):
-    """Counts of labelled (rows) against detected class, coloured by their share of the row."""
-    share = counts / counts.sum(1, keepdims=True).clip(1)
-    axes.imshow(share, cmap="Blues", vmax=2)  # pale, so that black can be read
+def draw_confusion(axes, counts, names):
+    """Counts of labelled (rows) against detected class."""
+    axes.imshow(np.log1p(counts), cmap="Blues", alpha=0.5)  # pale, so that black can be read
     for (row, column), count in np.ndenumerate(counts):
-        axes.text(column, row, count or "", ha="center")
+        axes.text(column, row, count, ha="center")
     axes.set_xticks(range(len(names)), names, rotation=30)
     axes.set_yticks(range(len(names)), names)
     axes.set(
-        title=f"boxes, IoU >= 0.5, p_obj * p_cls >= {confidence}",
+        title="boxes, IoU >= 0.5, p_obj * p_cls >= 0.3",
         xlabel="detected",
         ylabel="labelled",
     )
 
 
-def draw_ap_by_size(axes, row, sizes):
+def draw_ap_by_size(axes, row):
     """AP of tiny to large boxes as bars; where it is undefined there is none."""
     values = np.array([row[f"AP_{size}"] for size in "TSML"], float)
-    bars = axes.bar(sizes, 100 * values)
-    axes.bar_label(bars, fmt="%.1f")
-    axes.set(title="AP by size, %, class mean, all boxes")
+    axes.bar_label(axes.bar(["tiny", "small", "medium", "large"], values), fmt="%.3f")
+    axes.set(title="AP by size, class mean, all boxes")
 
 
-def pictures(path, report, sequences, labels, detections, class_names, confidence=0.3):
+def pictures(path, report, confusion, sequences, labels, detections):
     """Write precision-recall, confusion and AP by size, then some frames, as one picture.
 
-    report: as eval.py makes it; labels, detections: boxes of each labelled frame of `sequences`,
-    in their order. Confusion and frames show detections with p_obj * p_cls >= confidence.
+    report: as eval.py makes it; confusion: counts as of score_boxes; labels, detections: boxes
+    that are shown in each labelled frame of `sequences`, in their order.
     """
     figure = Figure((19, 19), layout="constrained")
     left, middle, right, *places = figure.subplots(4, 3).flat
-    counts = confusion(labels, detections, len(class_names), confidence)
-    draw_precision_recall(left, report["curves"])
-    draw_confusion(middle, counts.sum(0), [*class_names, "background"], confidence)
-    row = report["rows"]["class mean, all boxes"]
-    draw_ap_by_size(right, row, list(report["sizes"]))
+    names = report["settings"]["classes"]
+    draw_precision_recall(left, report["curves"], names)
+    draw_confusion(middle, confusion, [*names, "background"])
+    draw_ap_by_size(right, report["rows"]["class mean, all boxes"])
 
     # as many frames as there are places, spread over all sequences
     frames = []
     for sequence in sequences:
-        for t in sequence.label_frames:
-            frames.append((sequence, t))
+        frames += [(sequence, t) for t in sequence.label_frames]
     step = len(frames) // len(places) + 1
     for axes, k in zip(places, range(0, len(frames), step)):
         sequence, t = frames[k]
         events = sequence.read(t, t + 1)[0]
-        found = detections[k]
-        found = found[found["confidence"] >= confidence]
-        axes.imshow(draw(events, found, class_names, labels[k]))
+        axes.imshow(draw(events, detections[k], names, labels[k]))
         axes.set_title(f"{sequence.name}, frame {t}")
         axes.set_axis_off()
     write(path, figure.savefig)
