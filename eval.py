@@ -10,6 +10,7 @@ folder) a report, CHECKPOINT_SPLIT.json, with pictures, CHECKPOINT_SPLIT.png.
 """
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,6 +121,8 @@ def main(argv):
     train.check(config)
     folder = Path(config.out_dir, "eval")
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"no report can be written to {folder}; choose another --out_dir")
     device, dtype = train.resolve_device(config)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
