@@ -53,7 +53,7 @@ class SizeAware:
     def __post_init__(self):
         """ValueError, naming key and value, for what cannot work."""
         self.weights(torch.ones(1))  # knows the weight types
-        terms_fit = set(self.size_aware_terms) <= {"iou", "cls"}
+        terms_fit = set(self.size_aware_terms) in ({"iou"}, {"cls"}, {"iou", "cls"})
         areas_fit = 0 < self.small_threshold < self.medium_threshold
         if self.size_aware_weight < 1 or not terms_fit or not areas_fit:
             raise ValueError(
@@ -218,47 +218,53 @@ def focal_loss(logits, onehot):
     return alpha * (1 - p_true) ** 2 * cross_entropy
 
 
-def detection_loss(prediction, targets, size_aware=SizeAware()):
-    """Training losses of a batch of frames, from float32 tensors.
+def detection_loss(prediction, targets, size_aware=None):
+    """Training losses of a batch of frames, in float32 whatever the autocast.
 
     prediction: box_cxcywh (N, A, 4) pixels, obj (N, A) and cls (N, A, K) logits, grid (A, 3)
     targets (N, M, 5): class, cx, cy, w, h in pixels; rows of zeros are padding
-    size_aware: SizeAware; with size_aware_loss off it is the plain loss
+    size_aware: SizeAware; None, or size_aware_loss off, is the plain loss
     -> dict of scalars: loss = iou + obj + cls, each summed and divided by the matched anchors of
     the batch; num_fg = these per box, for the log. Without any box the divisor is 1 and only the
     objectness is trained. Weights act on the IoU term ("iou") and on a focal class term in place
     of the plain one ("cls").
     """
-    anchor, matched, index = assign(prediction, targets)
-    num_matched = matched.sum().clamp(min=1)
+    size_aware = size_aware or SizeAware()
+    targets = targets.float()
+    if targets.shape[1] == 0:
+        targets = targets.new_zeros(len(targets), 1, 5)
+    with torch.autocast(targets.device.type, enabled=False):
+        prediction = type(prediction)(*[field.float() for field in prediction])
+        anchor, matched, index = assign(prediction, targets)
+        num_matched = matched.sum().clamp(min=1)
 
-    # each anchor beside the box it answers for
-    target = take(targets, index)  # (N, U, 5)
-    box = take(prediction.box_cxcywh, anchor)  # (N, U, 4)
-    logits = take(prediction.cls, anchor)  # (N, U, K)
-    onehot = F.one_hot(target[..., 0].long(), logits.shape[-1]).float()
+        # each anchor beside the box it answers for
+        target = take(targets, index)  # (N, U, 5)
+        box = take(prediction.box_cxcywh, anchor)  # (N, U, 4)
+        logits = take(prediction.cls, anchor)  # (N, U, K)
+        onehot = F.one_hot(target[..., 0].long(), logits.shape[-1]).float()
 
-    overlap = box_iou(box, target[..., 1:])  # (N, U)
-    iou = 1 - overlap**2
-    quality = onehot * overlap.detach()[..., None]
-    cls = F.binary_cross_entropy_with_logits(logits, quality, reduction="none").sum(-1)
-    if size_aware.size_aware_loss:
-        weight = size_aware.weights(area_of(target[..., 3:]))
-        if "iou" in size_aware.size_aware_terms:
-            iou = weight * iou
-        if "cls" in size_aware.size_aware_terms:
-            cls = weight * focal_loss(logits, onehot).sum(-1)
+        overlap = box_iou(box, target[..., 1:])  # (N, U)
+        iou = 1 - overlap**2
+        quality = onehot * overlap.detach()[..., None]
+        cls = F.binary_cross_entropy_with_logits(logits, quality, reduction="none").sum(-1)
+        if size_aware.size_aware_loss:
+            weight = size_aware.weights(area_of(target[..., 3:]))
+            if "iou" in size_aware.size_aware_terms:
+                iou = weight * iou
+            if "cls" in size_aware.size_aware_terms:
+                cls = weight * focal_loss(logits, onehot).sum(-1)
 
-    # an anchor may be listed more than once, but is matched once at most
-    is_object = torch.zeros_like(prediction.obj).scatter_add(1, anchor, matched.float())
-    obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum")
-    obj /= num_matched
-    iou = 5 * torch.where(matched, iou, 0).sum() / num_matched
-    cls = torch.where(matched, cls, 0).sum() / num_matched
-    return {
-        "loss": iou + obj + cls,
-        "iou": iou,
-        "obj": obj,
-        "cls": cls,
-        "num_fg": num_matched / is_box(targets).sum().clamp(min=1),
-    }
+        # an anchor may be listed more than once, but is matched once at most
+        is_object = torch.zeros_like(prediction.obj).scatter_add(1, anchor, matched.float())
+        obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum")
+        obj /= num_matched
+        iou = 5 * torch.where(matched, iou, 0).sum() / num_matched
+        cls = torch.where(matched, cls, 0).sum() / num_matched
+        return {
+            "loss": iou + obj + cls,
+            "iou": iou,
+            "obj": obj,
+            "cls": cls,
+            "num_fg": num_matched / is_box(targets).sum().clamp(min=1),
+        }

@@ -649,7 +649,7 @@ def test_size_weights_by_hand():
 
 
 @pytest.mark.parametrize("wrong", [
-    {"weight_type": "cubic"}, {"size_aware_terms": ("iou", "box")},
+    {"weight_type": "cubic"}, {"size_aware_terms": ("iou", "box")}, {"size_aware_terms": ()},
     {"size_aware_weight": 0.5}, {"small_threshold": -1}, {"small_threshold": 9216},
     {"medium_threshold": -1}, {"medium_threshold": 1024}])
 def test_size_aware_names_what_cannot_work(wrong):
@@ -829,10 +829,11 @@ def test_detection_loss_with_a_weight_of_one_or_switched_off_is_the_plain_one(sc
     assert detection_loss(*scene, SizeAware(False, 2.0, weight_type=kind)) == plain
 
 
-def test_detection_loss_without_boxes_trains_the_objectness_only(scene):
+@pytest.mark.parametrize("M", [0, 4])
+def test_detection_loss_without_boxes_trains_the_objectness_only(scene, M):
     *fields, grid = scene[0]
     prediction = Prediction(*[field.requires_grad_() for field in fields], grid)
-    losses = detection_loss(prediction, torch.zeros(2, 4, 5), BOTH)
+    losses = detection_loss(prediction, torch.zeros(2, M, 5), BOTH)
     losses["loss"].backward()
     assert losses["iou"] == losses["cls"] == 0
     assert losses["obj"].isfinite()
