@@ -237,6 +237,7 @@ def detection_loss(prediction, targets, size_aware=None):
         prediction = type(prediction)(*[field.float() for field in prediction])
         anchor, matched, index = assign(prediction, targets)
         num_matched = matched.sum().clamp(min=1)
+        num_boxes = is_box(targets).sum().clamp(min=1)
 
         # each anchor beside the box it answers for
         target = take(targets, index)  # (N, U, 5)
@@ -266,5 +267,5 @@ def detection_loss(prediction, targets, size_aware=None):
             "iou": iou,
             "obj": obj,
             "cls": cls,
-            "num_fg": num_matched / is_box(targets).sum().clamp(min=1),
+            "num_fg": num_matched / num_boxes,
         }

@@ -76,6 +76,7 @@ def draw_precision_recall(axes, curves, names):
         title="IoU 0.5, all boxes",
         xlabel="recall",
         ylabel="precision",
+        ylim=(0, 1.02),  # where there are no labels it is -1
     )
     axes.legend()
 
