@@ -1,4 +1,5 @@
 # make train: environment, simulated recordings, training, evaluation, a real clip, pictures
+# make ablation: the notes' experiments at the toy's size
 # make test: all tests; make soak: the long ones; make lint: unused names, import order, line length
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -13,7 +14,7 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 	$(PIP) -r requirements-test.txt
 	touch $@
 
-.PHONY: train test soak lint
+.PHONY: train ablation test soak lint
 train: .venv/done
 	$(PY) train.py configs/toy.py --init_from=$(if $(wildcard out_toy/ckpt.pt),resume,scratch)
 	$(PY) eval.py --ckpt out_toy/best.pt --split=test
@@ -24,6 +25,10 @@ train: .venv/done
 		--out out_toy/real/parramatta.gif
 	@echo "Look at out_toy/curves.png, out_toy/eval/ and out_toy/real/. Next: README.md, 'Your own"
 	@echo "data', or change a line in configs/toy.py and train with another --out_dir."
+
+ablation: .venv/done
+	$(PY) -c "from simulate import ensure_toy; ensure_toy()"
+	$(PY) ablation.py
 
 test: .venv/tests  # one thread each: two torch processes with more slow each other down
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n 2 --dist worksteal test_all.py test_faults.py

@@ -33,6 +33,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import ablation
 import bench_memory
 import configurator
 import data
@@ -2679,3 +2680,35 @@ def test_bench_memory_main_ends_with_json_and_kept_gib_shrinks_by_recomputation(
 def test_largest_batch_lies_on_the_line_through_the_peaks():
     rows = [{"batch": 1, "peak_gib": 3.0}, {"batch": 3, "peak_gib": 7.0}]
     assert bench_memory.largest_batch(rows, 24.5) == 11  # 1 + 2 * 11 = 23
+
+
+# ==== ablation.py
+
+
+def test_intervals_span_what_differs_between_the_seeds():
+    scores = np.zeros((2, 201, 1))  # sequences do not matter
+    scores[1] = 2
+    assert [x.item() for x in ablation.intervals(scores)] == [1, 0, 2]
+
+
+def test_ablation_main_writes_table_and_picture_and_trains_nothing_twice(
+    traffic, tmp_path, monkeypatch
+):
+    arms = {"baseline_3scale": [*TINY], "4scale": [*TINY, "--fpn_stages=1,2,3,4"]}
+    monkeypatch.setattr(ablation, "ARMS", arms)
+    argv = ["--steps=2", "--seeds=1", "--resamples=3", "--device=cpu"]
+    argv += [f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
+    ablation.main(argv)
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| baseline_3scale", "| 4scale"]
+    assert (tmp_path / "table.png").stat().st_size > 0
+    written = (tmp_path / "4scale_0/ckpt.pt").stat().st_mtime_ns
+    ablation.main(argv)
+    assert (tmp_path / "4scale_0/ckpt.pt").stat().st_mtime_ns == written
+
+
+def test_train_arm_names_the_run_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "ARMS", {"wrong": ["--patch_size=7"]})
+    config = SimpleNamespace(**ablation.defaults | {"out_dir": str(tmp_path)})
+    with pytest.raises(ValueError, match="wrong_0: error: patch_size=7"):
+        ablation.train_arm(("wrong", 0, config))

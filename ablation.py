@@ -1,0 +1,161 @@
+"""The notes' experiments at the toy's size -> which of them help, with intervals.
+
+In:  configs/toy.py, and the arms below. All take equal steps, batches in one order, one learning
+     rate; each runs once for every seed.
+Out: in out_dir a run of train.py for each arm and seed, with its scores; table.md and table.png.
+     What is done is kept: a second call goes on.
+
+    python ablation.py --steps=400 --seeds=2 --processes=2
+"""
+
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import detect
+from checkpoint import load_detector
+from configurator import command_line, configure
+from data import load_classes, open_split
+from formats import write
+
+defaults = {
+    "out_dir": "out_ablation",
+    "data_dir": "datasets/toy",
+    "steps": 400,
+    "seeds": 2,
+    "processes": 2,     # arms that train at a time
+    "device": "auto",   # auto | cpu | cuda
+    "resamples": 200,   # of the test sequences, for the intervals
+}
+
+# What an arm changes in configs/toy.py. The toy's own pyramid has stages 1 to 3.
+ARMS = {
+    "baseline_3scale": ["--fpn_stages=2,3,4"],
+    "4scale": ["--fpn_stages=1,2,3,4"],
+    "3scale_sizeaware": ["--fpn_stages=2,3,4", "--size_aware_loss", "--size_aware_weight=2.5"],
+    "4scale_sizeaware": ["--fpn_stages=1,2,3,4", "--size_aware_loss", "--size_aware_weight=2.5"],
+    "3scale_sizeaware_attention": [
+        "--fpn_stages=2,3,4", "--size_aware_loss", "--small_object_attention"],
+    "patch2_sizeaware": ["--patch_size=2", "--fpn_stages=2,3,4", "--size_aware_loss"],
+    "patch2_4scale_sizeaware": ["--patch_size=2", "--fpn_stages=1,2,3,4", "--size_aware_loss"],
+    "patch3_4scale_sizeaware": ["--patch_size=3", "--fpn_stages=1,2,3,4", "--size_aware_loss"],
+}
+BASELINE = "baseline_3scale"
+METRICS = ("AP", "AP50", "AP_T", "AP_S", "AP_M", "AR100", "AR_T")
+
+
+def train_arm(job):
+    """Train an arm with a seed, or go on with it; returns the folder. ValueError if that fails."""
+    name, seed, config = job
+    folder = f"{config.out_dir}/{name}_{seed}"
+    start = "resume" if Path(folder, "ckpt.pt").exists() else "scratch"
+    words = [
+        "configs/toy.py", *ARMS[name], f"--seed={seed}", f"--data_dir={config.data_dir}",
+        f"--max_steps={config.steps}", f"--eval_interval={config.steps}",
+        f"--device={config.device}", f"--out_dir={folder}", f"--init_from={start}",
+    ]
+    # more threads than cores slow all of them
+    threads = str(max(os.cpu_count() // config.processes, 1))
+    done = subprocess.run([sys.executable, "train.py", *words], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": threads})
+    if done.returncode:
+        raise ValueError(f"{folder}: {done.stderr.splitlines()[-1]}")
+    return folder
+
+
+def resampled_scores(folder, config):
+    """Scores (1 + resamples, METRICS) of a run: of the test split, then of sequences drawn from it.
+
+    The draws are the same for all runs, so that differences between arms can be taken draw by draw.
+    """
+    path = Path(folder, f"scores_{config.steps}_{config.resamples}.npy")
+    if path.exists():
+        return np.load(path, allow_pickle=False)
+    names = load_classes(config.data_dir, (), 0)
+    sequences = open_split(config.data_dir, "test", len(names))
+    model = load_detector(f"{folder}/ckpt.pt")
+    labels, found = detect.run(model, sequences, 4, 5)
+    lengths = [len(sequence.label_frames) for sequence in sequences]
+    frames = np.split(np.arange(len(labels)), np.cumsum(lengths)[:-1])  # of each sequence
+
+    rng = np.random.default_rng(0)
+    draws = [np.arange(len(frames))]
+    draws += list(rng.integers(len(frames), size=(config.resamples, len(frames))))
+    scores = []
+    for draw in tqdm(draws, folder, leave=False):
+        chosen = np.concatenate([frames[k] for k in draw])
+        row = detect.score_boxes(
+            [labels[k] for k in chosen], [found[k] for k in chosen], *sequences[0].hw, names)
+        scores.append([row[key] for key in METRICS])
+    scores = 100 * np.array(scores)
+    scores[scores < 0] = np.nan  # undefined
+    write(path, lambda file: np.save(file, scores))
+    return scores
+
+
+def intervals(scores):
+    """Scores (seeds, 1 + resamples, METRICS) -> mean, low, high (METRICS,): 95% by the bootstrap.
+
+    Each draw of sequences goes with a draw of seeds. NaN where a metric is undefined in any.
+    """
+    seeds = np.random.default_rng(1).integers(len(scores), size=(scores.shape[1] - 1, len(scores)))
+    draws = np.arange(1, scores.shape[1])[:, None]
+    means = scores[seeds, draws].mean(1)  # (resamples, METRICS)
+    return scores[:, 0].mean(0), *np.percentile(means, (2.5, 97.5), axis=0)
+
+
+def step_seconds(folder):
+    """Seconds of a training step of 4 windows of 5 frames, the median over the rows of the log."""
+    log = np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True)
+    return 20 / np.nanmedian(log["frames_per_s"])
+
+
+def draw_differences(path, names, differences):
+    """A panel for each metric: differences (arms, 3, METRICS) to the baseline with intervals."""
+    figure = Figure((20, 4), layout="constrained")
+    panels = figure.subplots(1, len(METRICS), sharey=True)
+    for axes, key, (mean, low, high) in zip(panels, METRICS, np.transpose(differences)):
+        axes.errorbar(mean, names, xerr=(mean - low, high - mean), fmt="o")
+        axes.axvline(0, color="gray")
+        axes.set(title=key, xlabel="points")
+    write(path, figure.savefig)
+
+
+def main(argv):
+    config = SimpleNamespace(**configure(defaults, argv))
+    jobs = [(name, seed, config) for seed, name in product(range(config.seeds), ARMS)]
+    scores = defaultdict(list)
+    with ThreadPoolExecutor(config.processes) as pool:
+        for job, folder in zip(jobs, tqdm(pool.map(train_arm, jobs), "runs", len(jobs))):
+            scores[job[0]].append(resampled_scores(folder, config))
+
+    lines = [f"| arm | parameters, M | s a step | {' | '.join(METRICS)} |", "|---" * 10 + "|"]
+    differences = []
+    for name in ARMS:
+        folder = f"{config.out_dir}/{name}_0"
+        weights = load_detector(f"{folder}/ckpt.pt").parameters()
+        size = sum(p.numel() for p in weights) / 1e6
+        cells = [name, f"{size:.2f}", f"{step_seconds(folder):.2f}"]
+        change = intervals(np.array(scores[name]) - scores[BASELINE])
+        differences.append(change)
+        means = intervals(np.array(scores[name]))[0]
+        for value, mean, low, high in zip(means, *change):
+            cells.append(f"{value:.1f} ({mean:+.1f}: {low:+.1f} to {high:+.1f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    print(table)
+    write(f"{config.out_dir}/table.md", table)
+    draw_differences(f"{config.out_dir}/table.png", list(ARMS), differences)
+
+
+if __name__ == "__main__":
+    command_line(main)
