@@ -16,7 +16,7 @@ import torch.nn.functional as F
 LEVELS = 4  # of a pyramid, at most, each of half the rows and columns of the one before
 MAX_CLAIMS = 10   # anchors that a box can claim
 CHUNK = 32  # boxes of a frame that are compared with its candidates at once
-Assignment = namedtuple("Assignment", "anchor matched box")
+Assignment = namedtuple("Assignment", "anchor matched box iou")
 
 
 def size_weights(area, kind, weight, small, medium):
@@ -31,12 +31,12 @@ def size_weights(area, kind, weight, small, medium):
     if kind == "exponential":
         return (weight * torch.exp(-area / small)).clamp(1, weight)
     if kind == "linear":
-        share = ((medium - area) / (medium - small)).clamp(0, 1)
-    elif kind == "step":
+        share = (medium - area) / (medium - small)
+        return 1 + (weight - 1) * share.clamp(0, 1)
+    if kind == "step":
         share = 0.5 * (area <= small) + 0.5 * (area <= medium)
-    else:
-        raise ValueError(f"weight_type={kind!r}: expected exponential, linear or step")
-    return 1 + (weight - 1) * share
+        return 1 + (weight - 1) * share
+    raise ValueError(f"weight_type={kind!r}: expected exponential, linear or step")
 
 
 @dataclass
@@ -53,12 +53,16 @@ class SizeAware:
     def __post_init__(self):
         """ValueError, naming key and value, for what cannot work."""
         self.weights(torch.ones(1))  # knows the weight types
-        terms_fit = set(self.size_aware_terms) in ({"iou"}, {"cls"}, {"iou", "cls"})
-        areas_fit = 0 < self.small_threshold < self.medium_threshold
-        if self.size_aware_weight < 1 or not terms_fit or not areas_fit:
+        if self.size_aware_terms not in (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou")):
             raise ValueError(
-                f"{self}: expected terms of iou and cls, a weight of 1 or more, areas above 0, "
-                "the small one below the medium one"
+                f"size_aware_terms={self.size_aware_terms}: expected iou, cls or both"
+            )
+        if self.size_aware_weight < 1:
+            raise ValueError(f"size_aware_weight={self.size_aware_weight}: below 1")
+        if not 0 < self.small_threshold < self.medium_threshold:
+            raise ValueError(
+                f"small_threshold={self.small_threshold}, medium_threshold={self.medium_threshold}"
+                ": expected two areas, the first the smaller one"
             )
 
     def weights(self, area):
@@ -82,8 +86,8 @@ def box_iou(a, b):
 
     0 where both are empty.
     """
-    centre_a, size_a = a.split(2, -1)
-    centre_b, size_b = b.split(2, -1)
+    centre_a, size_a = a.split(2, dim=-1)
+    centre_b, size_b = b.split(2, dim=-1)
     low = torch.maximum(centre_a - size_a / 2, centre_b - size_b / 2)
     high = torch.minimum(centre_a + size_a / 2, centre_b + size_b / 2)
     overlap = area_of((high - low).clamp(min=0))
@@ -99,7 +103,7 @@ def take(x, index):
 
 def is_box(targets):
     """Which rows of targets (N, M, 5) are no padding -> (N, M) bool."""
-    return targets[..., 3] > 0
+    return targets[..., 3:].amin(-1) > 0
 
 
 def candidate_anchors(grid, targets):
@@ -107,9 +111,9 @@ def candidate_anchors(grid, targets):
 
     Near is strictly within 1.5 strides along each axis: at most 9 anchors a level and box.
     grid (A, 3) cell x, cell y, stride; targets (N, M, 5)
-    -> anchor (N, U) int64; valid (N, U, 1) bool, on for candidates, each once; own (N, M,
-    9 * LEVELS), the places in U of each box's candidates, filled with a place that is not valid.
-    U = 9 * LEVELS * M + 1, or about A + 1 where frames are crowded; the last is never valid.
+    -> anchor (N, U) int64; valid (N, U) bool, on for candidates, each once; own (N, M, 9 * LEVELS),
+    the places in U of each box's candidates, filled with a place that is not valid.
+    U = 9 * LEVELS * M + 1, or at most A + 1 where frames are crowded; the last is never valid.
     The levels are found on the device: no synchronisation.
     """
     A = len(grid)
@@ -121,7 +125,7 @@ def candidate_anchors(grid, targets):
     stride = grid[0, 2] * 2**level  # (L, 1, 1)
     first = (grid[:, 2:] < stride).sum(1)  # (L, 1)
     on_level = grid[:, 2:] == stride  # (L, A, 1)
-    size = (on_level * (grid[:, :2] + 1)).amax(1, keepdim=True)  # (L, 1, 2)
+    size = torch.where(on_level, grid[:, :2] + 1, 0).amax(1, keepdim=True)  # (L, 1, 2)
 
     # the cells around each box centre: those in the frame, and of these the ones near enough
     middle = targets[:, :, None, None, 1:3]  # (N, M, 1, 1, 2)
@@ -135,13 +139,21 @@ def candidate_anchors(grid, targets):
     anchor = first + (cell[..., 0] + cell[..., 1] * size[..., 0]).long()  # (N, M, L, 9)
 
     # one list for all boxes of a frame, in which A stands for none
-    listed = torch.where(inside, anchor, A).flatten(1).sort().values
-    if listed.shape[1] > A:  # crowded: all anchors, and at least as many as a box may claim
-        listed = torch.arange(max(A, MAX_CLAIMS), device=grid.device).expand(len(targets), -1)
+    listed = torch.where(inside, anchor, A).flatten(1).sort(dim=1).values
+    if listed.shape[1] > max(A, MAX_CLAIMS):
+        # crowded: each anchor once, and no more of a level than it has: of A anchors the nth finest
+        # of LEVELS has at most 3 * A / (4**n - 1), since each has a quarter of the one before
+        repeated = F.pad(listed[:, 1:] == listed[:, :-1], (1, 0))
+        listed = torch.where(repeated, A, listed).sort(dim=1).values
+        most = sum(
+            min(9 * targets.shape[1], 3 * A // (4**n - 1))
+            for n in range(1, LEVELS + 1)
+        )
+        listed = listed[:, : max(MAX_CLAIMS, min(A, most))]  # a box may claim MAX_CLAIMS
     listed = F.pad(listed, (0, 1), value=A)  # (N, U)
     own = torch.searchsorted(listed, torch.where(near, anchor, A).flatten(1))
-    valid = torch.zeros_like(listed).bool().scatter(1, own, near.flatten(1))
-    return listed.clamp(max=A - 1), valid[..., None], own.view_as(near).flatten(2)
+    valid = torch.zeros_like(listed).scatter(1, own, 1).bool() & (listed < A)
+    return listed.clamp(max=A - 1), valid, own.view_as(near).flatten(2)
 
 
 def claim(target, own, predicted, cost_cls):
@@ -162,7 +174,8 @@ def claim(target, own, predicted, cost_cls):
     lowest, place = cost.topk(MAX_CLAIMS, largest=False)
     chosen = torch.arange(MAX_CLAIMS, device=cost.device) < count
     chosen &= lowest.isfinite() & is_box(target)[..., None]
-    return torch.where(chosen, place, cost.shape[2] - 1), *cost.min(1)
+    last = cost.shape[2] - 1
+    return torch.where(chosen, place, last), *cost.min(1)
 
 
 @torch.no_grad()
@@ -171,7 +184,7 @@ def assign(prediction, targets):
 
     prediction: box_cxcywh (N, A, 4), obj (N, A), cls (N, A, K), grid (A, 3)
     targets (N, M, 5), zero rows padding
-    -> Assignment(anchor (N, U), matched (N, U) bool, box (N, U) index into M)
+    -> Assignment(anchor (N, U), matched (N, U) bool, box (N, U) index into M, iou (N, U) with it)
     A box claims its cheapest candidates; where it has too few, others' too. An anchor that several
     boxes claim goes to the box of the frame that is cheapest there. Frames without boxes match
     nothing. Another assigner may well return all anchors, U = A.
@@ -179,6 +192,7 @@ def assign(prediction, targets):
     anchor, valid, own = candidate_anchors(prediction.grid, targets)
 
     # what is no candidate overlaps nothing and costs infinitely much
+    valid = valid[..., None]
     predicted = torch.where(valid, take(prediction.box_cxcywh, anchor), 0)  # (N, U, 4)
     predicted = predicted.mT.contiguous().mT  # coordinates apart in memory: IoUs take half the time
     p_obj = take(prediction.obj[..., None], anchor).sigmoid()
@@ -202,8 +216,13 @@ def assign(prediction, targets):
     claims = none.scatter_add(1, places, torch.ones_like(places))
     only = none.scatter(1, places, claimant.expand_as(places))
     box = torch.where(claims > 1, cheapest[0], only)
-    matched = claims > 0
-    return Assignment(*[x[:, :-1] for x in (anchor, matched, box)])
+    iou = box_iou(predicted, take(targets, box)[..., 1:])
+    return Assignment(
+        anchor[:, :-1],
+        claims[:, :-1] > 0,
+        box[:, :-1],
+        iou[:, :-1],
+    )
 
 
 def focal_loss(logits, onehot):
@@ -229,27 +248,26 @@ def detection_loss(prediction, targets, size_aware=None):
     objectness is trained. Weights act on the IoU term ("iou") and on a focal class term in place
     of the plain one ("cls").
     """
-    size_aware = size_aware or SizeAware()
-    targets = targets.float()
-    if targets.shape[1] == 0:
-        targets = targets.new_zeros(len(targets), 1, 5)
     with torch.autocast(targets.device.type, enabled=False):
         prediction = type(prediction)(*[field.float() for field in prediction])
-        anchor, matched, index = assign(prediction, targets)
-        num_matched = matched.sum().clamp(min=1)
+        targets = targets.float()
+        if targets.shape[1] == 0:
+            targets = targets.new_zeros(len(targets), 1, 5)
+        found = assign(prediction, targets)
+        num_matched = found.matched.sum().clamp(min=1)
         num_boxes = is_box(targets).sum().clamp(min=1)
 
         # each anchor beside the box it answers for
-        target = take(targets, index)  # (N, U, 5)
-        box = take(prediction.box_cxcywh, anchor)  # (N, U, 4)
-        logits = take(prediction.cls, anchor)  # (N, U, K)
+        target = take(targets, found.box)  # (N, U, 5)
+        box = take(prediction.box_cxcywh, found.anchor)  # (N, U, 4)
+        logits = take(prediction.cls, found.anchor)  # (N, U, K)
         onehot = F.one_hot(target[..., 0].long(), logits.shape[-1]).float()
 
-        overlap = box_iou(box, target[..., 1:])  # (N, U)
-        iou = 1 - overlap**2
-        quality = onehot * overlap.detach()[..., None]
-        cls = F.binary_cross_entropy_with_logits(logits, quality, reduction="none").sum(-1)
-        if size_aware.size_aware_loss:
+        iou = 1 - box_iou(box, target[..., 1:]) ** 2  # (N, U)
+        quality = onehot * found.iou[..., None]
+        cls = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+        cls = cls.sum(-1)
+        if size_aware is not None and size_aware.size_aware_loss:
             weight = size_aware.weights(area_of(target[..., 3:]))
             if "iou" in size_aware.size_aware_terms:
                 iou = weight * iou
@@ -257,11 +275,12 @@ def detection_loss(prediction, targets, size_aware=None):
                 cls = weight * focal_loss(logits, onehot).sum(-1)
 
         # an anchor may be listed more than once, but is matched once at most
-        is_object = torch.zeros_like(prediction.obj).scatter_add(1, anchor, matched.float())
+        is_object = torch.zeros_like(prediction.obj)
+        is_object = is_object.scatter_add(1, found.anchor, found.matched.float())
         obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum")
-        obj /= num_matched
-        iou = 5 * torch.where(matched, iou, 0).sum() / num_matched
-        cls = torch.where(matched, cls, 0).sum() / num_matched
+        obj = obj / num_matched
+        iou = 5 * torch.where(found.matched, iou, 0).sum() / num_matched
+        cls = torch.where(found.matched, cls, 0).sum() / num_matched
         return {
             "loss": iou + obj + cls,
             "iou": iou,

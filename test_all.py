@@ -744,9 +744,11 @@ def test_assign_simota_equals_its_slow_definition(targets, seed, strides):
         anchor = found.anchor[n, at].tolist()
         assert sorted(anchor) == sorted(want)
         assert found.box[n, at].tolist() == [want[a][0] for a in anchor]
+        iou = [want[a][1] for a in anchor]
+        assert found.iou[n, at].tolist() == pytest.approx(iou, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("strides, most", [((8, 16, 32), 126), ((1, 2, 4), 8064)])
+@pytest.mark.parametrize("strides, most", [((8, 16, 32), 126), ((1, 2, 4), 2700 + 1612 + 384 + 94)])
 def test_claim_compares_a_chunk_of_boxes_with_9_anchors_a_level_or_all(strides, most, monkeypatch):
     pairs = []
 
@@ -765,7 +767,7 @@ def test_assign_over_all_anchors_is_a_change_in_one_place(traffic, tmp_path, mon
         iou = box_iou(prediction.box_cxcywh[:, :, None], targets[:, None, :, 1:])  # (N, A, M)
         taken = (iou == iou.amax(1, keepdim=True)) & (iou > 0)
         anchor = torch.arange(iou.shape[1]).expand(len(iou), -1)
-        return Assignment(anchor, taken.any(2), taken.int().argmax(2))
+        return Assignment(anchor, taken.any(2), taken.int().argmax(2), iou.amax(2))
 
     monkeypatch.setattr(loss, "assign", best_overlap)
     assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1") == 0
