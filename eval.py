@@ -107,7 +107,9 @@ def compare(paths):
 
 
 def main(argv):
-    if len(argv) > 1 and argv[0] == "--compare":
+    if argv == ["--compare"]:
+        raise ValueError("--compare needs reports: --compare a.json b.json")
+    if argv[:1] == ["--compare"]:
         print(compare(argv[1:]))
         return
 

@@ -1949,6 +1949,11 @@ def test_compare_shows_differences_and_a_metric_of_ones_own(monkeypatch, tmp_pat
     assert lines[3].split() == ["+0", "+0", "+0.015", *["+0"] * 14, "difference"]
 
 
+def test_compare_without_reports_says_how():
+    with pytest.raises(ValueError, match="needs reports"):
+        evaluation.main(["--compare"])
+
+
 # ---- main
 
 
