@@ -27,7 +27,6 @@ train: .venv/done
 	@echo "data', or change a line in configs/toy.py and train with another --out_dir."
 
 ablation: .venv/done
-	$(PY) -c "from simulate import ensure_toy; ensure_toy()"
 	$(PY) ablation.py
 
 test: .venv/tests  # one thread each: two torch processes with more slow each other down

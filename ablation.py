@@ -26,6 +26,7 @@ from checkpoint import load_detector
 from configurator import command_line, configure
 from data import load_classes, open_split
 from formats import write
+from simulate import ensure_toy
 
 defaults = {
     "out_dir": "out_ablation",
@@ -132,6 +133,8 @@ def draw_differences(path, names, differences):
 
 def main(argv):
     config = SimpleNamespace(**configure(defaults, argv))
+    if config.data_dir == defaults["data_dir"]:  # here, since several runs would make it at once
+        ensure_toy(config.data_dir)
     jobs = [(name, seed, config) for seed, name in product(range(config.seeds), ARMS)]
     scores = defaultdict(list)
     with ThreadPoolExecutor(config.processes) as pool:
@@ -147,8 +150,8 @@ def main(argv):
         cells = [name, f"{size:.2f}", f"{step_seconds(folder):.2f}"]
         change = intervals(np.array(scores[name]) - scores[BASELINE])
         differences.append(change)
-        means = intervals(np.array(scores[name]))[0]
-        for value, mean, low, high in zip(means, *change):
+        values = np.mean(scores[name], axis=0)[0]
+        for value, mean, low, high in zip(values, *change):
             cells.append(f"{value:.1f} ({mean:+.1f}: {low:+.1f} to {high:+.1f})")
         lines.append(f"| {' | '.join(cells)} |")
     table = "\n".join(lines)
