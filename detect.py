@@ -128,7 +128,8 @@ def run(
     nms_iou, score of `detections`.
     """
     T = sequence_length
-    rank, world = 0, 1
+    rank = 0
+    world = 1
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
     labels = {}  # by (name, frame)
@@ -149,7 +150,7 @@ def run(
     model.eval()
     loader = make_loader(read, 0, num_workers)
     found = {}
-    for k, chunks in tqdm(steps, "evaluating", leave=False):
+    for k, chunks in tqdm(steps, "evaluating", leave=False, disable=rank > 0):
         # A group starts from nothing; the sequences that have ended were its last.
         if k == 0:
             state = None
@@ -212,7 +213,13 @@ class StreamDetector:
         torch._foreach_copy_(self.state, state)
 
     def __call__(self, frame, t_us=None):
-        """Boxes of BOX_DTYPE in the next frame, at t_us (None: 50 ms after the one before)."""
+        """Boxes of BOX_DTYPE in the next frame, at t_us (None: 50 ms after the one before).
+
+        ValueError: a frame of another size.
+        """
+        size = tuple(self.events.shape[2:])
+        if frame.shape != size:  # copy_ would repeat a smaller one
+            raise ValueError(f"a frame of {tuple(frame.shape)}, expected {size}")
         self.events.copy_(torch.as_tensor(frame))
         self.t_us = self.t_us + 50_000 if t_us is None else t_us
         if self.graph:
@@ -305,6 +312,8 @@ def score_boxes(
     class, where K is the background and detections choose in turn, best first: each the free label
     of any class that it overlaps most, if their IoU is 0.5 or more.
     """
+    if box_filter not in FILTERS:
+        raise ValueError(f"box_filter={box_filter!r}: expected {' or '.join(FILTERS)}")
     truth = table(labels, box_filter, width)
     found = table(detections, box_filter, width)
     frames = np.unique(truth[:, 0])

@@ -10,7 +10,7 @@ folder) a report, CHECKPOINT_SPLIT.json, with pictures, CHECKPOINT_SPLIT.png.
 """
 
 import json
-import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,7 +69,7 @@ def report(
     for title, row in scores.items():
         rows[title] = {k: None if v == -1 else v for k, v in row.items() if np.isscalar(v)}
     settings |= {"resolution": [height, width], "classes": list(class_names),
-                 "boxes": sum(map(len, labels))}
+                 "small_classes": small, "boxes": sum(map(len, labels))}
     curves = scores["class mean, all boxes"]["curves"].T.tolist()
     return {"settings": settings, "rows": rows, "curves": curves}
 
@@ -122,9 +122,9 @@ def main(argv):
     config = SimpleNamespace(**configure(known, argv))
     train.check(config)
     folder = Path(config.out_dir, "eval")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"no report can be written to {folder}; choose another --out_dir")
+    with reading(f"no report can be written to {folder}; choose another --out_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     device, dtype = train.resolve_device(config)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")

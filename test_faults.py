@@ -71,7 +71,7 @@ from conftest import (
     write_trained,
 )
 from data import FILES, REPRESENTATION, Augmentation, augment, make_loader, open_split
-from detect import StreamDetector, detections, run
+from detect import StreamDetector, detections, run, score_boxes
 from eval import compare
 from formats import BOX_DTYPE, histogram
 from prepare import Recording
@@ -745,15 +745,17 @@ def test_max_memory_gib_and_max_loss_ratio_end_the_run(options, word, traffic, t
 def test_stream_detector_refuses_a_frame_of_another_size_and_goes_on():
     frame = MemorySequence("a", 2, (1,)).data[0]
     detector = StreamDetector(small_detector())
-    for wrong in (frame[0, :32], frame[:, :32], frame.reshape(20, 32, 128)):
-        with pytest.raises(RuntimeError, match="must match"):
+    for wrong in (frame[0], frame[0, :32], frame[:, :32], frame.reshape(20, 32, 128)):
+        with pytest.raises(ValueError, match=r"a frame of \(.*, expected \(20, 64, 64\)"):
             detector(wrong)
     assert detector(frame)["t"][0] == 50_000  # the clock did not move meanwhile
 
 
-def test_detections_refuse_an_unknown_score():
+def test_detections_and_score_boxes_refuse_an_unknown_score_or_filter():
     with pytest.raises(ValueError, match="expected cls or obj"):
         detections(four_anchors(), [7, 8], score="obj")
+    with pytest.raises(ValueError, match="box_filter='psee': expected none or prophesee"):
+        score_boxes([], [], 64, 64, NAMES, "psee")
 
 
 def test_compare_refuses_other_protocols_and_what_is_no_report(tmp_path):
@@ -778,7 +780,7 @@ def test_compare_refuses_other_protocols_and_what_is_no_report(tmp_path):
 def test_main_finds_a_folder_that_cannot_be_written_before_it_evaluates(tmp_path, monkeypatch):
     trained = write_trained(tmp_path)
     monkeypatch.setattr(evaluation, "run", None)
-    with pytest.raises(OSError, match="ckpt.pt.eval"):
+    with pytest.raises(ValueError, match="no report can be written to .*ckpt.pt.eval; choose"):
         evaluation.main([f"--ckpt={trained}", f"--out_dir={trained}"])
 
 
