@@ -10,6 +10,7 @@ Kept: what the forward pass keeps for the backward pass, weights left out, in al
 """
 
 import json
+import math
 import timeit
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -81,19 +82,25 @@ def measure(config, B, device, dtype):
         loss.item()  # waits for the device
 
     seconds = timeit.repeat(step, number=1, repeat=7)[2:]
-    return {"batch": B, "step_s": np.median(seconds), "peak_gib": train.peak_gib(device),
+    peak = train.peak_gib(device)
+    if math.isnan(peak):
+        peak = "n/a"
+    return {"batch": B, "step_s": np.median(seconds), "peak_gib": peak,
             "kept_gib": sum(parts.values()), "parts": parts}
 
 
 def largest_batch(rows, budget_gib):
-    """Largest batch in the budget, on the line through the peaks of two rows or more."""
+    """Largest batch in the budget, on the line through the peaks; "n/a" where they make no line."""
     peaks = [row["peak_gib"] for row in rows]
+    if len(rows) < 2 or "n/a" in peaks or peaks[-1] <= peaks[0]:
+        return "n/a"
     slope, base = np.polyfit([row["batch"] for row in rows], peaks, 1)
-    return int((budget_gib - base) / slope)
+    return max(int((budget_gib - base) / slope), 0)
 
 
 def main(argv):
     config = SimpleNamespace(**configure(defaults, argv))
+    train.check(config)
     device, dtype = train.resolve_device(config)
     rows = []
     for B in config.batch_sizes:
@@ -101,10 +108,11 @@ def main(argv):
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 rows.append(pool.submit(measure, config, B, device, dtype).result())
         except (torch.OutOfMemoryError, BrokenExecutor):
-            break  # it does not fit on this device
+            print(f"batch {B} does not fit on this device")
+            break
         print(rows[-1])
     result = {"argv": argv, "device": str(device), "dtype": str(dtype), "rows": rows,
-              "largest_batch": largest_batch(rows, config.budget_gib) if rows[1:] else "n/a"}
+              "largest_batch": largest_batch(rows, config.budget_gib)}
     print(json.dumps(result))
 
 

@@ -2687,6 +2687,8 @@ def test_bench_memory_main_ends_with_json_and_kept_gib_shrinks_by_recomputation(
 def test_largest_batch_lies_on_the_line_through_the_peaks():
     rows = [{"batch": 1, "peak_gib": 3.0}, {"batch": 3, "peak_gib": 7.0}]
     assert bench_memory.largest_batch(rows, 24.5) == 11  # 1 + 2 * 11 = 23
+    assert bench_memory.largest_batch(rows[:1], 24.5) == "n/a"
+    assert bench_memory.largest_batch([row | {"peak_gib": "n/a"} for row in rows], 24.5) == "n/a"
 
 
 # ==== ablation.py
