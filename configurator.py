@@ -16,26 +16,25 @@ import sys
 from formats import reading
 
 
+def literal(text):
+    """The Python literal that `text` is, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def parse(text, want):
-    """The value that the words on a command line stand for, of the type `want` if they fit it.
+    """The value that a word on a command line stands for, of the type `want` if it fits it.
 
     "1,2,3" and "car,bike" are tuples where a tuple is wanted, "3" alone is a tuple of one.
     """
     if want is str:
         return text
-    if want is bool:
-        text = text.title()
-    if want is tuple and not text:
-        return ()
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if want is tuple and isinstance(value, str):
-        return tuple(word.strip() for word in value.split(","))
-    if want is tuple and not isinstance(value, (tuple, list)):
-        return (value,)
-    return value
+    if want is tuple:
+        words = text.strip("()[]").split(",")
+        return tuple(literal(word.strip()) for word in words if word)
+    return literal(text.title() if want is bool else text)
 
 
 def value_of(key, value, defaults, where):
@@ -44,15 +43,12 @@ def value_of(key, value, defaults, where):
     ValueError names an unknown key, with the nearest known one, or a value of another type.
     """
     if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(defaults))}"
-        raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+        near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
+        raise ValueError(f"{where}: unknown key {key!r}; did you mean {near[0]}?")
     default = defaults[key]
     want = type(default)
-    if want is float and type(value) is int:
-        value = float(value)
-    if want is tuple and isinstance(value, list):
-        value = tuple(value)
+    if (type(value), want) in ((int, float), (list, tuple)):
+        value = want(value)
     if type(value) is not want:
         raise ValueError(f"{where}: {key}={value!r} is no {want.__name__} like {default!r}")
     if want is float and not abs(value) < 1e99:
@@ -60,22 +56,11 @@ def value_of(key, value, defaults, where):
     return value
 
 
-def read_file(path, config):
-    """{name: value} that a config file sets; it may compute with what `config` holds."""
-    with reading(f"{path}: this config fails (options are --KEY=VALUE)"):
-        names = runpy.run_path(path, config)
-    found = {}
-    for key, value in names.items():
-        unchanged = key in config and value is config[key]
-        if not key.startswith("_") and not unchanged:
-            found[key] = value
-    return found
-
-
 def configure(defaults, argv):
     """Overridden copy of `defaults`: files, --key=value and --key value apply in order of argv.
 
-    ValueError: a file that is missing or fails, an unknown key, a wrong type, a missing value.
+    A file may compute with what came before it. ValueError: a file that is missing or fails, an
+    unknown key, a wrong type, a missing value.
     """
     config = dict(defaults)
     words = list(argv)
@@ -84,19 +69,21 @@ def configure(defaults, argv):
         if word in ("-h", "--help"):
             sys.exit(f"{sys.modules['__main__'].__doc__}\nkeys and defaults:\n{dump(defaults)}")
         if not word.startswith("--"):
-            for key, value in read_file(word, config).items():
-                config[key] = value_of(key, value, defaults, word)
+            with reading(f"{word}: this config fails (options are --KEY=VALUE)"):
+                names = runpy.run_path(word, config)
+            for key, value in names.items():
+                if not key.startswith("_"):
+                    config[key] = value_of(key, value, defaults, word)
             continue
 
         key, equals, text = word[2:].partition("=")
         want = type(defaults.get(key, ""))
-        if not equals and key in defaults:  # the value is the next word; a switch needs none
-            if words and not words[0].startswith("--"):
-                text = words.pop(0)
-            elif want is bool:
-                text = "True"
-            else:
-                raise ValueError(f"--{key} has no value; write --{key}=VALUE")
+        if not equals and words and not words[0].startswith("--"):
+            text = words.pop(0)  # the value is the next word
+        elif not equals and want is bool:
+            text = "True"
+        elif not equals and key in defaults:
+            raise ValueError(f"--{key} has no value; write --{key}=VALUE")
         config[key] = value_of(key, parse(text, want), defaults, "command line")
     return config
 
