@@ -1,7 +1,8 @@
 """The notes' experiments at the toy's size -> which of them help, with intervals.
 
 In:  configs/toy.py, and the arms below. All take equal steps, batches in one order, one learning
-     rate; each runs once for every seed.
+     rate; each runs once for every seed. An arm that costs far more than the baseline runs again,
+     with as many steps as cost what the baseline's do.
 Out: in out_dir a run of train.py for each arm and seed, with its scores; table.md and table.png.
      What is done is kept: a second call goes on.
 
@@ -13,15 +14,17 @@ import subprocess
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import detect
+import train
 from checkpoint import load_detector
 from configurator import command_line, configure
 from data import load_classes, open_split
@@ -33,7 +36,7 @@ defaults = {
     "data_dir": "datasets/toy",
     "steps": 400,
     "seeds": 2,
-    "processes": 2,     # arms that train at a time
+    "processes": 2,     # runs at a time
     "device": "auto",   # auto | cpu | cuda
     "resamples": 200,   # of the test sequences, for the intervals
 }
@@ -51,18 +54,35 @@ ARMS = {
     "patch3_4scale_sizeaware": ["--patch_size=3", "--fpn_stages=1,2,3,4", "--size_aware_loss"],
 }
 BASELINE = "baseline_3scale"
-METRICS = ("AP", "AP50", "AP_T", "AP_S", "AP_M", "AR100", "AR_T")
+COSTLY = 1.5  # times the baseline: such an arm also runs at equal compute
+
+# Octaves of box sizes: the square root of the area, in pixels.
+SIZES = {
+    "4_8": (0, 8**2),
+    "8_16": (8**2, 16**2),
+    "16_32": (16**2, 32**2),
+    "32_64": (32**2, 64**2),
+}
+METRICS = ("AP", "AP50", "AP_4_8", "AP_8_16", "AP_16_32", "AP_32_64", "AR100")
 
 
-def train_arm(job):
-    """Train an arm with a seed, or go on with it; returns the folder. ValueError if that fails."""
-    name, seed, config = job
-    folder = f"{config.out_dir}/{name}_{seed}"
+def frame_cost(name, hw, num_classes):
+    """(parameters in millions, GFLOP of a frame's forward pass) of an arm."""
+    config = SimpleNamespace(**configure(train.defaults, ["configs/toy.py", *ARMS[name]]))
+    model = train.build(config, hw, num_classes)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 1, 20, *hw))
+    parameters = sum(p.numel() for p in model.parameters())
+    return parameters / 1e6, counter.get_total_flops() / 1e9
+
+
+def train_run(folder, name, steps, seed, config):
+    """Train an arm, or go on with it. ValueError, with the last line of its errors, if it fails."""
     start = "resume" if Path(folder, "ckpt.pt").exists() else "scratch"
     words = [
         "configs/toy.py", *ARMS[name], f"--seed={seed}", f"--data_dir={config.data_dir}",
-        f"--max_steps={config.steps}", f"--eval_interval={config.steps}",
-        f"--device={config.device}", f"--out_dir={folder}", f"--init_from={start}",
+        f"--max_steps={steps}", f"--eval_interval={steps}", f"--device={config.device}",
+        f"--out_dir={folder}", f"--init_from={start}",
     ]
     # more threads than cores slow all of them
     threads = str(max(os.cpu_count() // config.processes, 1))
@@ -70,32 +90,29 @@ def train_arm(job):
                           env=os.environ | {"OMP_NUM_THREADS": threads})
     if done.returncode:
         raise ValueError(f"{folder}: {done.stderr.splitlines()[-1]}")
-    return folder
 
 
-def resampled_scores(folder, config):
+def resampled_scores(folder, sequences, names, resamples):
     """Scores (1 + resamples, METRICS) of a run: of the test split, then of sequences drawn from it.
 
     The draws are the same for all runs, so that differences between arms can be taken draw by draw.
     """
-    path = Path(folder, f"scores_{config.steps}_{config.resamples}.npy")
+    path = Path(folder, f"scores_{resamples}.npy")
     if path.exists():
         return np.load(path, allow_pickle=False)
-    names = load_classes(config.data_dir, (), 0)
-    sequences = open_split(config.data_dir, "test", len(names))
-    model = load_detector(f"{folder}/ckpt.pt")
-    labels, found = detect.run(model, sequences, 4, 5)
+    labels, found = detect.run(load_detector(f"{folder}/ckpt.pt"), sequences, 4, 5)
     lengths = [len(sequence.label_frames) for sequence in sequences]
     frames = np.split(np.arange(len(labels)), np.cumsum(lengths)[:-1])  # of each sequence
 
     rng = np.random.default_rng(0)
     draws = [np.arange(len(frames))]
-    draws += list(rng.integers(len(frames), size=(config.resamples, len(frames))))
+    draws += list(rng.integers(len(frames), size=(resamples, len(frames))))
     scores = []
     for draw in tqdm(draws, folder, leave=False):
         chosen = np.concatenate([frames[k] for k in draw])
         row = detect.score_boxes(
-            [labels[k] for k in chosen], [found[k] for k in chosen], *sequences[0].hw, names)
+            [labels[k] for k in chosen], [found[k] for k in chosen], *sequences[0].hw, names,
+            sizes=SIZES)
         scores.append([row[key] for key in METRICS])
     scores = 100 * np.array(scores)
     scores[scores < 0] = np.nan  # undefined
@@ -115,9 +132,11 @@ def intervals(scores):
 
 
 def step_seconds(folder):
-    """Seconds of a training step of 4 windows of 5 frames, the median over the rows of the log."""
+    """Seconds of a training step, the median over the rows of the log."""
+    toy = configure(train.defaults, ["configs/toy.py"])
+    frames = toy["sequence_length"] * toy["batch_size"]
     log = np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True)
-    return 20 / np.nanmedian(log["frames_per_s"])
+    return frames / np.nanmedian(log["frames_per_s"])
 
 
 def draw_differences(path, names, differences):
@@ -135,29 +154,51 @@ def main(argv):
     config = SimpleNamespace(**configure(defaults, argv))
     if config.data_dir == defaults["data_dir"]:  # here, since several runs would make it at once
         ensure_toy(config.data_dir)
-    jobs = [(name, seed, config) for seed, name in product(range(config.seeds), ARMS)]
-    scores = defaultdict(list)
-    with ThreadPoolExecutor(config.processes) as pool:
-        for job, folder in zip(jobs, tqdm(pool.map(train_arm, jobs), "runs", len(jobs))):
-            scores[job[0]].append(resampled_scores(folder, config))
+    names = load_classes(config.data_dir, (), 0)
+    sequences = open_split(config.data_dir, "test", len(names))
 
-    lines = [f"| arm | parameters, M | s a step | {' | '.join(METRICS)} |", "|---" * 10 + "|"]
-    differences = []
+    # what runs: all arms with equal steps, then the costly ones with equal compute
+    cost = {}
+    runs = {}
     for name in ARMS:
-        folder = f"{config.out_dir}/{name}_0"
-        weights = load_detector(f"{folder}/ckpt.pt").parameters()
-        size = sum(p.numel() for p in weights) / 1e6
-        cells = [name, f"{size:.2f}", f"{step_seconds(folder):.2f}"]
-        change = intervals(np.array(scores[name]) - scores[BASELINE])
+        cost[name] = frame_cost(name, sequences[0].hw, len(names))
+        runs[name] = (name, config.steps)
+    for name in ARMS:
+        ratio = cost[name][1] / cost[BASELINE][1]
+        if ratio > COSTLY:
+            runs[f"{name}, equal compute"] = (name, round(config.steps / ratio))
+
+    jobs = []
+    folders = defaultdict(list)
+    for seed in range(config.seeds):
+        for title, (name, steps) in runs.items():
+            folder = f"{config.out_dir}/{name}_{steps}_{seed}"
+            folders[title].append(folder)
+            jobs.append((folder, name, steps, seed, config))
+    with ThreadPoolExecutor(config.processes) as pool:
+        done = pool.map(lambda job: train_run(*job), jobs)
+        list(tqdm(done, "runs", len(jobs)))
+
+    scores = defaultdict(list)
+    for title, trained in folders.items():
+        for folder in trained:
+            scores[title].append(resampled_scores(folder, sequences, names, config.resamples))
+    head = ["arm", "steps", "parameters, M", "GFLOP a frame", "s a step", *METRICS]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    differences = []
+    for title, (name, steps) in runs.items():
+        size, flops = cost[name]
+        seconds = step_seconds(folders[title][0])
+        cells = [title, f"{steps}", f"{size:.2f}", f"{flops:.2f}", f"{seconds:.2f}"]
+        change = intervals(np.array(scores[title]) - scores[BASELINE])
         differences.append(change)
-        values = np.mean(scores[name], axis=0)[0]
-        for value, mean, low, high in zip(values, *change):
+        for value, mean, low, high in zip(np.mean(scores[title], 0)[0], *change):
             cells.append(f"{value:.1f} ({mean:+.1f}: {low:+.1f} to {high:+.1f})")
         lines.append(f"| {' | '.join(cells)} |")
     table = "\n".join(lines)
     print(table)
     write(f"{config.out_dir}/table.md", table)
-    draw_differences(f"{config.out_dir}/table.png", list(ARMS), differences)
+    draw_differences(f"{config.out_dir}/table.png", list(runs), differences)
 
 
 if __name__ == "__main__":

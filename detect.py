@@ -29,12 +29,12 @@ DETECTION_DTYPE = np.dtype([*BOX_DTYPE.descr, ("confidence", "<f4")])
 # Which boxes are scored, and how the report calls that.
 FILTERS = {"none": "all boxes", "prophesee": "Prophesee filter"}
 
-# Sizes that are scored apart: smallest and largest area, in pixels^2. All but "tiny" are COCO's.
+# Sizes that are scored apart: smallest and largest area, in pixels^2. All but tiny are COCO's.
 SIZES = {
-    "tiny, < 16x16 px": (0, np.nextafter(256, 0)),
-    "small, < 32x32 px": (0, 1024),
-    "medium, to 96x96 px": (1024, 9216),
-    "large, above": (9216, 1e10),
+    "T": (0, np.nextafter(256, 0)),
+    "S": (0, 1024),
+    "M": (1024, 9216),
+    "L": (9216, 1e10),
 }
 
 
@@ -265,7 +265,7 @@ def table(frames, box_filter, width):
     return rows[rows[:, 6].argsort(kind="stable")]  # equal scores rank by class, as in pycocotools
 
 
-def score_row(coco, classes):
+def score_row(coco, classes, sizes):
     """Row of the report for some classes: numbers in 0..1, -1 where undefined.
 
     coco: a COCOeval that has accumulated. A metric of your own becomes a column of the report
@@ -276,7 +276,7 @@ def score_row(coco, classes):
         defined = values[values > -1]
         return float(defined.mean()) if defined.size else -1.0
 
-    # By IoU 0.5, 0.55, ... 0.95; recall 0, 0.01, ... 1; class; size (all, then SIZES); of at most
+    # By IoU 0.5, 0.55, ... 0.95; recall 0, 0.01, ... 1; class; size (all, then sizes); of at most
     # 100 detections in a frame, or of at most 1, 10, 100.
     precision = coco.eval["precision"][:, :, classes]  # (10, 101, K, 5, 3)
     recall = coco.eval["recall"][:, classes]  # (10, K, 5, 3)
@@ -290,7 +290,7 @@ def score_row(coco, classes):
         "AR10": mean(recall[..., 0, 1]),
         "AR100": mean(recall[..., 0, 2]),
     }
-    for k, size in enumerate("TSML", 1):
+    for k, size in enumerate(sizes, 1):
         row[f"AP_{size}"] = mean(precision[..., k, 2])
         row[f"AR_{size}"] = mean(recall[..., k, 2])
     return row
@@ -298,15 +298,15 @@ def score_row(coco, classes):
 
 def score_boxes(
     labels, detections, height, width, class_names,
-    box_filter="none", class_agnostic=False, class_ids=None,
+    box_filter="none", class_agnostic=False, class_ids=None, sizes=SIZES,
 ):
     """COCO scores of detections, by hotcoco, which equals pycocotools: a row of `score_row`.
 
     labels, detections: lists of structured arrays (t, x, y, w, h, class_id, class_confidence), one
-    of each per frame; T, S, M, L are boxes under 16x16 px, under 32x32 (tiny ones too), up to
-    96x96, and above. Frames without labels (after the filter) are not scored. class_agnostic:
+    of each per frame. Frames without labels (after the filter) are not scored. class_agnostic:
     classes do not matter for a match, as with the eTraM fork's useCats=0; class_ids: only these
-    classes exist, but frames with labels of others stay.
+    classes exist, but frames with labels of others stay; sizes: as SIZES, of which T is under
+    16x16 px, S under 32x32 (tiny ones too), M up to 96x96, L above.
     -> the row, and "classes": {name: the row of this class}; "curves" (101, K): precision over
     recall 0..1 at IoU 0.5; "confusion" (K + 1, K + 1): counts of labelled (rows) against detected
     class, where K is the background and detections choose in turn, best first: each the free label
@@ -329,11 +329,11 @@ def score_boxes(
     classes = [{"id": k, "name": "class"} for k in range(K)]
     truth = COCO.from_arrays(images, classes, truth[:, 0], truth[:, 6], truth[:, 1:5])
     coco = COCOeval(truth, truth.load_res(found), "bbox")
-    coco.params.area_rng = [(0, 1e10), *SIZES.values()]
+    coco.params.area_rng = [(0, 1e10), *sizes.values()]
     coco.evaluate()
     coco.accumulate()
-    return score_row(coco, range(K)) | {
-        "classes": {name: score_row(coco, [k]) for k, name in enumerate(class_names)},
+    return score_row(coco, range(K), sizes) | {
+        "classes": {name: score_row(coco, [k], sizes) for k, name in enumerate(class_names)},
         "curves": coco.eval["precision"][0, :, :, 0, 2],
         "confusion": coco.confusion_matrix()["matrix"],
     }
