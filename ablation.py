@@ -1,8 +1,8 @@
 """The notes' experiments at the toy's size -> which of them help, with intervals.
 
-In:  configs/toy.py, and the arms below. All take equal steps, batches in one order, one learning
-     rate; each runs once for every seed. An arm that costs far more than the baseline runs again,
-     with as many steps as cost what the baseline's do.
+In:  configs/toy.py, and what BASE and ARMS change in it. All arms take equal steps, batches in
+     one order, one learning rate; each runs once for every seed. An arm that costs far more than
+     the baseline runs again, with as many steps as cost what the baseline's do.
 Out: in out_dir a run of train.py for each arm and seed, with its scores; table.md and table.png.
      What is done is kept: a second call goes on.
 
@@ -41,7 +41,9 @@ defaults = {
     "resamples": 200,   # of the test sequences, for the intervals
 }
 
-# What an arm changes in configs/toy.py. The toy's own pyramid has stages 1 to 3.
+# What all arms share. Windows of 3 frames take half the time of the toy's 5.
+BASE = ["configs/toy.py", "--sequence_length=3", "--batch_size=4"]
+# What each changes. The toy's own pyramid has stages 1 to 3.
 ARMS = {
     "baseline_3scale": ["--fpn_stages=2,3,4"],
     "4scale": ["--fpn_stages=1,2,3,4"],
@@ -68,7 +70,7 @@ METRICS = ("AP", "AP50", "AP_4_8", "AP_8_16", "AP_16_32", "AP_32_64", "AR100")
 
 def frame_cost(name, hw, num_classes):
     """(parameters in millions, GFLOP of a frame's forward pass) of an arm."""
-    config = SimpleNamespace(**configure(train.defaults, ["configs/toy.py", *ARMS[name]]))
+    config = SimpleNamespace(**configure(train.defaults, BASE + ARMS[name]))
     model = train.build(config, hw, num_classes)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 1, 20, *hw))
@@ -80,7 +82,7 @@ def train_run(folder, name, steps, seed, config):
     """Train an arm, or go on with it. ValueError, with the last line of its errors, if it fails."""
     start = "resume" if Path(folder, "ckpt.pt").exists() else "scratch"
     words = [
-        "configs/toy.py", *ARMS[name], f"--seed={seed}", f"--data_dir={config.data_dir}",
+        *BASE, *ARMS[name], f"--seed={seed}", f"--data_dir={config.data_dir}",
         f"--max_steps={steps}", f"--eval_interval={steps}", f"--device={config.device}",
         f"--out_dir={folder}", f"--init_from={start}",
     ]
@@ -133,8 +135,8 @@ def intervals(scores):
 
 def step_seconds(folder):
     """Seconds of a training step, the median over the rows of the log."""
-    toy = configure(train.defaults, ["configs/toy.py"])
-    frames = toy["sequence_length"] * toy["batch_size"]
+    shared = configure(train.defaults, BASE)
+    frames = shared["sequence_length"] * shared["batch_size"]
     log = np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True)
     return frames / np.nanmedian(log["frames_per_s"])
 
