@@ -1312,6 +1312,37 @@ def test_learning_rate_at_works_for_any_number_of_steps(steps):
     assert rates[1:] == sorted(rates[1:], reverse=True)
 
 
+# ---- optimiser
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (8, 40), (40, 8)])
+def test_orthogonal_keeps_directions_and_makes_them_equally_long(shape):
+    x = torch.randn(shape, generator=torch.manual_seed(0))
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    lengths = (u.mT @ train.orthogonal(x) @ v.mT).diagonal()
+    assert 0.6 < lengths.min() and lengths.max() < 1.3  # as its authors say
+
+
+def test_muon_equals_torchs_on_matrices_and_adamw_on_vectors():
+    torch.manual_seed(0)
+    ours = [torch.randn(8, 3, 2, 2), torch.randn(5)]
+    matrix, vector = ours[0].flatten(1).clone(), ours[1].clone()
+    muon = train.Muon(ours, 0.02, weight_decay=0.1)
+    theirs = [  # its steps are 0.2 of the learning rate, taken in bfloat16
+        torch.optim.Muon([matrix], 0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([vector], 0.02, weight_decay=0.1),
+    ]
+    for _ in range(3):
+        for p, q in zip(ours, (matrix, vector)):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.reshape(q.shape)
+        muon.step()
+        for optimizer in theirs:
+            optimizer.step()
+    torch.testing.assert_close(ours[0].flatten(1), matrix, atol=4e-3, rtol=0)
+    torch.testing.assert_close(ours[1], vector)
+
+
 TABLE = {  # patch, stages, weight or None, steps, batch, eval batch, interval, rate
     "baseline_3scale": (4, (2, 3, 4), None, 100_000, 6, 2, 3500, 1.7e-4),
     "4scale": (4, (1, 2, 3, 4), None, 100_000, 6, 2, 3500, 1.7e-4),
@@ -1414,7 +1445,7 @@ def test_train_on_frames_of_one_cell_says_to_raise_batch_size(tmp_path):
 def test_resume_equals_an_unbroken_run_also_where_the_validation_broke(
         traffic, tmp_path, monkeypatch):
     argv = [*TINY, f"--data_dir={traffic}", "--max_steps=4", "--log_interval=3"]
-    argv += ["--eval_interval=2"]
+    argv += ["--eval_interval=2", "--optimizer=muon"]
     assert run_train(*argv, f"--out_dir={tmp_path}/whole") == 0
     broken = f"--out_dir={tmp_path}/broken"
 
@@ -2709,15 +2740,16 @@ def test_ablation_main_writes_table_and_picture_and_trains_nothing_twice(
     argv += [f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
     ablation.main(argv)
     table = (tmp_path / "table.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| baseline_3scale", "| 4scale"]
+    rows = [line.split(" | ")[:2] for line in table[2:]]
+    assert rows == [["| baseline_3scale", "2"], ["| 4scale", "2"], ["| 4scale, equal compute", "1"]]
     assert (tmp_path / "table.png").stat().st_size > 0
-    written = (tmp_path / "4scale_0/ckpt.pt").stat().st_mtime_ns
+    written = (tmp_path / "4scale_2_0/ckpt.pt").stat().st_mtime_ns
     ablation.main(argv)
-    assert (tmp_path / "4scale_0/ckpt.pt").stat().st_mtime_ns == written
+    assert (tmp_path / "4scale_2_0/ckpt.pt").stat().st_mtime_ns == written
 
 
-def test_train_arm_names_the_run_that_fails(tmp_path, monkeypatch):
+def test_train_run_names_the_run_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "ARMS", {"wrong": ["--patch_size=7"]})
-    config = SimpleNamespace(**ablation.defaults | {"out_dir": str(tmp_path)})
-    with pytest.raises(ValueError, match="wrong_0: error: patch_size=7"):
-        ablation.train_arm(("wrong", 0, config))
+    config = SimpleNamespace(**ablation.defaults)
+    with pytest.raises(ValueError, match="wrong: error: patch_size=7"):
+        ablation.train_run(f"{tmp_path}/wrong", "wrong", 2, 0, config)

@@ -60,6 +60,7 @@ defaults = {
     "eval_batch_size": 2,             # streams in a batch of the validation
     "num_workers": 4,                 # threads that load ahead; 0: load when a step needs it
     # ---- optimiser
+    "optimizer": "adamw",             # adamw (RVT) | muon
     "max_steps": 100_000,
     "learning_rate": 1.7e-4,          # its peak: RVT's 2e-4 * sqrt(batch / 8)
     "weight_decay": 0.0,
@@ -92,13 +93,14 @@ for part in PARTS:
 CLIP = {"value": torch.nn.utils.clip_grad_value_, "norm": torch.nn.utils.clip_grad_norm_}
 CHOICES = {
     "sampling": ("stream", "random", "mixed"),
+    "optimizer": ("adamw", "muon"),
     "grad_clip_by": CLIP,
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COUNTS = ("sequence_length", "batch_size", "gradient_accumulation_steps", "eval_batch_size",
           "max_steps", "log_interval", "eval_interval", "checkpoint_interval", "max_bad_steps")
 # what a slot plays depends on these
-PLAN = ("data_dir", "sampling", "mixed_stream", "mixed_random", "sequence_length", "batch_size",
+PLAN = ("sampling", "mixed_stream", "mixed_random", "sequence_length", "batch_size",
         "gradient_accumulation_steps", "seed")
 # where a run stands, apart from its tensors
 PROGRESS = ("step", "evaluated", "best_ap", "bad_steps", "smoothed", "lowest", "high_steps",
@@ -136,12 +138,11 @@ def reuse_memory():
     One arena, too: a loader's threads would have arenas of their own, too small for a batch.
     Without glibc nothing happens.
     """
-    mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # as malloc.h numbers them
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(arena_max, 1)
+        mallopt(-3, 2**30)      # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-8, 1)          # M_ARENA_MAX
 
 
 def resolve_device(config):
@@ -211,6 +212,47 @@ def learning_rate_at(step, max_steps, peak):
     return peak + (peak / 10_000 - peak) * (step - top) / rest
 
 
+def orthogonal(x):
+    """Roughly the orthogonal matrix nearest to x (R, C): its singular values become about 1.
+
+    Newton-Schulz iterations with the coefficients of Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon.
+    """
+    if len(x) > x.shape[1]:
+        return orthogonal(x.mT).mT
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but weights of two or more axes move along their orthogonalised momentum.
+
+    Their rows are the first axis. Source: Jordan et al. 2024, as above.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.ndim == 1 or p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:  # AdamW wants a count of steps in each state that it loads
+                state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
+            momentum = state["momentum"].lerp_(p.grad, 0.05)
+            ahead = p.grad.lerp(momentum, 0.95)  # Nesterov's
+            direction = orthogonal(ahead.flatten(1))
+            # its root mean square is the learning rate, the most that AdamW steps: one rate for all
+            length = group["lr"] * max(direction.shape) ** 0.5
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(direction.view_as(p), alpha=length)
+            p.grad = None  # AdamW moves the others
+        super().step()
+
+
 class Forward(torch.nn.Module):
     """Model and loss as one graph for torch.compile: only the numbers of frames and boxes vary."""
 
@@ -268,15 +310,9 @@ class Run:
             raise ValueError(f"{config.data_dir}: {self.val_set[0].hw} in val, {self.hw} in train")
         self.batches = TrainData(
             train_set,
-            seed=config.seed,
-            sampling=config.sampling,
-            sequence_length=config.sequence_length,
-            batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            **{key: getattr(config, key) for key in PLAN},
             rank=self.rank,
             world_size=self.world,
-            mixed_stream=config.mixed_stream,
-            mixed_random=config.mixed_random,
             augmentation=fields_of(Augmentation, config),
             pin_memory=self.cuda,
         )
@@ -299,7 +335,8 @@ class Run:
             self.forward = DistributedDataParallel(self.forward)
 
         # optimiser
-        self.optimizer = torch.optim.AdamW(
+        kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
+        self.optimizer = kind(
             self.parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
@@ -367,11 +404,10 @@ class Run:
         wrong = [key for key, value in scalars.items() if not math.isfinite(value)]
         stop = scalars.pop("state") > 0
 
-        overflow = wrong == ["grad_norm"] and self.scaler.is_enabled()  # the scaler skips these
-        if overflow or not wrong:
+        overflow = wrong == ["grad_norm"] and self.scaler.is_enabled()  # its scale will be halved
+        if not wrong:
             CLIP[self.config.grad_clip_by](self.parameters, self.config.grad_clip or math.inf)
             self.scaler.step(self.optimizer)
-        if not wrong:
             self.record(scalars)
         elif not overflow:
             for now, before in zip(self.statistics, statistics):
@@ -476,7 +512,7 @@ class Run:
     def restore(self, checkpoint):
         """Go on from where `checkpoint` was saved."""
         before, states = checkpoint["config"], checkpoint["states"]
-        same = all(before[key] == getattr(self.config, key) for key in PLAN)
+        same = all(before[key] == getattr(self.config, key) for key in ("data_dir", *PLAN))
         if same and len(states) == self.world:
             self.states = moved(states[self.rank], self.device)
         else:
@@ -487,7 +523,7 @@ class Run:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
         for p, moments in self.optimizer.state.items():
-            for key in ("exp_avg", "exp_avg_sq"):  # the fused kernel trusts shapes and strides
+            for key in moments.keys() - {"step"}:  # the fused kernel trusts shapes and strides
                 moments[key] = torch.empty_like(p).copy_(moments[key])
         torch.set_rng_state(checkpoint["rng"])
 
