@@ -12,26 +12,16 @@ import json
 import math
 import os
 import pickle
-import re
-import signal
-import subprocess
-import sys
-import threading
-import time
-from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
-import hdf5plugin
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 import ablation
 import bench_memory
@@ -52,11 +42,9 @@ from checkpoint import (
     load_rvt,
     load_weights,
     our_name,
-    read_checkpoint,
     read_weights,
 )
 from conftest import (
-    BLOSC,
     BOX,
     CONFIGS,
     GRID_US,
@@ -64,32 +52,48 @@ from conftest import (
     KEYS,
     NAMES,
     ROOT,
+    SMALL_NAMES,
+    SMALL_SCENE,
     TINY,
-    Hostile,
+    TWO_BOXES,
     MemorySequence,
     assert_same_run,
+    box_as_rvt,
     checkpoint_of,
     four_anchors,
     load,
     make_boxes,
     make_set,
     plan,
+    pycocotools_scores,
     random_events,
     random_frames,
+    random_scene,
+    raw_recording,
     raw_set,
-    read_times,
+    run_demo,
     run_train,
+    rvt_detector,
+    rvts_rule,
     same_batch,
     same_boxes,
     same_tree,
+    sensor_before,
     shared,
     shown,
+    simota_by_definition,
+    slow_histogram,
     small_detector,
     some_boxes,
     some_events,
     some_labels,
     some_report,
+    some_sequences,
     tiny_detector,
+    torchrun,
+    train_on,
+    train_one_step,
+    two_cars,
     write_checkpoint,
     write_h5,
     write_prepared,
@@ -100,7 +104,6 @@ from conftest import (
 )
 from data import Augmentation, TrainData, View, augment, index_map, move_boxes, open_split
 from detect import (
-    SIZES,
     StreamDetector,
     detections,
     nms,
@@ -122,26 +125,6 @@ MODEL_VARIANTS = [
     dict(), dict(patch_size=3, fpn_stages=(1, 2, 3, 4)), dict(patch_size=2, fpn_stages=(1, 2)),
     dict(small_object_attention=True), dict(small_object_attention=True, attention_spatial=False),
     dict(small_object_attention=True, attention_temporal=False)]
-TWO_BOXES = torch.tensor([[[1.0, 30, 20, 16, 16], [2.0, 10, 30, 6, 8]]])
-
-
-def rvt_detector(tmp_path, **overrides):
-    """What RVT computed on a few frames, and a detector with RVT's weights."""
-    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)
-    path = tmp_path / "rvt.ckpt"
-    torch.save(reference["checkpoint"], path)
-    return reference, load_rvt(path, input_hw=(128, 160), partition_split=1, **overrides)
-
-
-@pytest.mark.parametrize("key, value", [
-    ("fpn_stages", (2, 4)), ("fpn_stages", (3, 2)), ("fpn_stages", (4,)), ("patch_size", 5),
-    ("embed_dim", 20), ("embed_dim", 0), ("dim_head", 24), ("dim_head", 0),
-    ("partition_split", -1), ("partition_split", 100)])
-def test_model_config_names_what_cannot_work(key, value):
-    with pytest.raises(ValueError, match=f"^{key}="):
-        ModelConfig(**{key: value})
-
-
 @pytest.mark.parametrize("hw, patch, padded, part, strides", [
     ((360, 640), 4, (384, 640), (6, 10), (4, 8, 16, 32)),
     ((360, 640), 2, (384, 640), (6, 10), (2, 4, 8, 16)),
@@ -335,11 +318,6 @@ def test_detector_takes_every_patch_size_and_pyramid_at_odd_sizes(patch, stages,
     assert len(state) == 2 * stages[-1] and all(len(s) == 2 for s in state)
 
 
-def test_detector_refuses_frames_of_another_size():
-    with pytest.raises(ValueError, match="40x64.*built for .48, 64"):
-        tiny_detector()(random_events(1, 1, 20, 40, 64))
-
-
 @pytest.mark.parametrize("changes", MODEL_VARIANTS)
 def test_detector_frame_by_frame_equals_chunks(changes):
     detector = tiny_detector(**changes)
@@ -482,19 +460,6 @@ def test_detector_with_its_state_runs_in_onnxruntime_over_a_stream(tmp_path):
 
 # ---- changes in one place
 
-def train_one_step(detector):
-    """Train a step on random frames; the next state. All of backbone and pyramid must learn."""
-    parts = torch.nn.ModuleList([detector.stages, detector.fpn])
-    before = copy.deepcopy(parts.state_dict())
-    optimizer = torch.optim.SGD(detector.train().parameters(), lr=0.1)
-    prediction, state = detector(random_events(3, 2, 20, 48, 64))
-    detection_loss(prediction, TWO_BOXES.repeat(6, 1, 1))["loss"].backward()
-    optimizer.step()
-    for name, p in parts.named_parameters():
-        assert p.isfinite().all() and not torch.equal(p, before[name]), name
-    return state
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_change_of_the_cell_to_a_gru_with_one_state(monkeypatch, checkpointing):
     class GRUCell(torch.nn.Module):
@@ -539,41 +504,6 @@ def test_change_of_the_pyramid_to_a_plain_fpn(monkeypatch):
 # ==== checkpoint.py
 
 
-def test_read_checkpoint_names_what_is_none_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_checkpoint("good.pt", tiny_detector())
-    assert read_checkpoint("good.pt")["model_config"]["embed_dim"] == 16
-    whole = Path("good.pt").read_bytes()
-    Path("cut.pt").write_bytes(whole[: len(whole) // 2])
-    Path("empty.pt").write_bytes(b"")
-    Path("text.pt").write_text("no checkpoint")
-    Path("raw.pt").write_bytes(pickle.dumps({"state_dict": Hostile()}))
-    torch.save({"a": 1}, "other.pt")
-    torch.save({"state_dict": {}, "callbacks": Hostile()}, "hostile.pt")
-    for name, word in (
-            ("cut.pt", "truncated"), ("empty.pt", "not a checkpoint"), ("raw.pt", "raw.pt"),
-            ("text.pt", "not a checkpoint"), ("other.pt", "no checkpoint of"),
-            ("hostile.pt", "convert it"), ("missing.pt", "no such")):
-        with pytest.raises(ValueError, match=word) as error:
-            read_checkpoint(name)
-        assert name in str(error.value) and "\n" not in str(error.value)
-    assert not Path("hostile_code_ran").exists()
-
-
-def test_load_weights_names_what_does_not_fit():
-    detector = tiny_detector()
-    weights = detector.state_dict()
-    sparse = weights["stages.0.norm.bias"].to_sparse()
-    for name, x, words in (
-            ("stages.0.norm.bias", None, "is missing in the file"),
-            ("stages.0.norm.bias", torch.zeros(3), "is .3,. in the file, .16,. in the model"),
-            ("stages.0.norm.bias", sparse, "is Tensor in the file"),
-            ("stages.9.norm.bias", torch.zeros(3), "is .3,. in the file, missing in the model")):
-        changed = weights | {name: x}
-        with pytest.raises(ValueError, match=f"^a.pt: 1 weights do not fit .*{name} {words}"):
-            load_weights(detector, changed, "a.pt", new_classes=True)
-
-
 def test_load_weights_starts_class_layers_from_scratch_where_asked(capsys):
     weights = tiny_detector(num_classes=3).state_dict()
     with pytest.raises(ValueError, match="6 weights do not fit"):
@@ -590,24 +520,6 @@ def test_load_weights_starts_class_layers_from_scratch_where_asked(capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="do not fit"):  # another architecture as well
         load_weights(tiny_detector(num_classes=5, embed_dim=24), weights, "a.pt", new_classes=True)
-
-
-def test_load_rvt_names_what_is_unmatched(tmp_path):
-    path = tmp_path / "changed.ckpt"
-    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)["checkpoint"]
-    for change, words in (
-        ({"mdl.backbone.extra": torch.zeros(3)}, "extra is .3,. in the file"),
-        ({"mdl.fpn.bu_conv1.conv.weight": None}, "fpn.down.1.conv.weight is missing"),
-        ({"mdl.yolox_head.cls_preds.1.bias": torch.zeros(5)}, "heads.1.cls_pred.bias is .5,."),
-    ):
-        changed = reference["state_dict"] | change
-        weights = {name: x for name, x in changed.items() if x is not None}
-        torch.save({"state_dict": weights}, path)
-        with pytest.raises(ValueError, match=words):
-            load_rvt(path, input_hw=(128, 160), partition_split=1)
-    torch.save({"state_dict": {"mdl.other": torch.zeros(1)}}, path)
-    with pytest.raises(ValueError, match="changed.ckpt: no checkpoint of RVT"):
-        load_rvt(path, input_hw=(128, 160))
 
 
 def test_weights_of_rvt_start_class_layers_from_scratch_where_asked(tmp_path, capsys):
@@ -649,16 +561,6 @@ def test_size_weights_by_hand():
     assert at == 1
 
 
-@pytest.mark.parametrize("wrong", [
-    {"weight_type": "cubic"}, {"size_aware_terms": ("iou", "box")}, {"size_aware_terms": ()},
-    {"size_aware_weight": 0.5}, {"small_threshold": -1}, {"small_threshold": 9216},
-    {"medium_threshold": -1}, {"medium_threshold": 1024}])
-def test_size_aware_names_what_cannot_work(wrong):
-    [(key, value)] = wrong.items()
-    with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}")):
-        SizeAware(**wrong)
-
-
 def test_size_weights_of_ones_own_train(traffic, tmp_path, monkeypatch):
     def inverse(area, kind, weight, small, medium):
         return 1 + (weight - 1) * small / (small + area)
@@ -673,56 +575,6 @@ def test_box_iou_by_hand():
     others = torch.tensor([[10.0, 10, 4, 4], [12, 10, 4, 4], [12, 12, 4, 4], [30, 10, 4, 4]])
     assert box_iou(one, others).tolist() == pytest.approx([1, 8 / 24, 4 / 28, 0])
     assert box_iou(torch.zeros(4), torch.zeros(4)) == 0
-
-
-def iou_by_definition(a, b):
-    width = min(a[0] + a[2] / 2, b[0] + b[2] / 2) - max(a[0] - a[2] / 2, b[0] - b[2] / 2)
-    height = min(a[1] + a[3] / 2, b[1] + b[3] / 2) - max(a[1] - a[3] / 2, b[1] - b[3] / 2)
-    overlap = max(width, 0) * max(height, 0)
-    return overlap / (a[2] * a[3] + b[2] * b[3] - overlap)
-
-
-def simota_by_definition(prediction, targets, n):
-    """One box and anchor after the other: {anchor: (box, IoU)} of frame n."""
-    boxes = [row for row in targets[n].tolist() if row[3] > 0]
-    near, iou, cost, claims, matched = {}, {}, {}, {}, {}
-    for a, (x, y, stride) in enumerate(prediction.grid.tolist()):
-        for m, (_, cx, cy, _, _) in enumerate(boxes):
-            if max(abs((x + 0.5) * stride - cx), abs((y + 0.5) * stride - cy)) < 1.5 * stride:
-                near.setdefault(a, set()).add(m)
-    for a in near:
-        p = (prediction.obj[n, a].sigmoid() * prediction.cls[n, a].sigmoid()).sqrt().tolist()
-        predicted = prediction.box_cxcywh[n, a].tolist()
-        for m, (label, *box) in enumerate(boxes):
-            iou[m, a] = iou_by_definition(box, predicted)
-            entropy = -sum(math.log(q if k == label else 1 - q) for k, q in enumerate(p))
-            cost[m, a] = entropy - 3 * math.log(iou[m, a] + 1e-8) + 1e6 * (m not in near[a])
-    for m in range(len(boxes)):
-        best = sorted((iou[m, a] for a in near), reverse=True)[:10]
-        for a in sorted(near, key=lambda a: cost[m, a])[: max(1, int(sum(best)))]:
-            claims.setdefault(a, []).append(m)
-    for a, claimants in claims.items():
-        m = claimants[0]
-        if len(claimants) > 1:
-            m = min(range(len(boxes)), key=lambda m: cost[m, a])
-        matched[a] = (m, iou[m, a])
-    return matched
-
-
-def random_scene(targets, strides, seed):
-    """Prediction on frames of 64x96 px, and the targets (N, M, 5) with random boxes for NaN."""
-    g = torch.Generator().manual_seed(seed)
-    targets = torch.as_tensor(targets, dtype=torch.float)
-    random = torch.rand(targets.shape, generator=g) * torch.tensor([2.99, 96, 64, 40, 40])
-    random = torch.cat((random[..., :1].floor(), random[..., 1:3], random[..., 3:] + 4), -1)
-    cells = [(x, y, s) for s in strides for y in range(64 // s) for x in range(96 // s)]
-    grid = torch.tensor(cells, dtype=torch.float)
-    N, A = len(targets), len(grid)
-    centre = (grid[:, :2] + 0.5) * grid[:, 2:] + 4 * torch.randn(N, A, 2, generator=g)
-    size = grid[:, 2:] * (0.75 + 1.5 * torch.rand(N, A, 2, generator=g))
-    obj, *cls = torch.randn(4, N, A, generator=g)
-    prediction = Prediction(torch.cat((centre, size), -1), obj, torch.stack(cls, -1), grid)
-    return prediction, torch.where(targets.isnan(), random, targets)
 
 
 PAD, ANY = [0.0] * 5, [math.nan] * 5
@@ -926,15 +778,6 @@ def test_sequence_attributes_and_frames_are_what_was_written(tmp_path):
     assert (out[:, 0] == 9).all() and (out[6] == 9).all()
 
 
-def test_sequence_takes_labels_of_other_fields_types_and_orders(tmp_path):
-    write_sequence(tmp_path / "a", {1: [BOX]}, 3)
-    dtype = [("class_id", ">u2"), ("t", "<u8"), *((name, "<f8") for name in "hwyx"), ("new", "?")]
-    labels = np.array([(3, 7, 16, 20, 8, 10, True)], dtype)
-    arrays = dict(labels=labels, objframe_idx_2_label_idx=np.array([0], np.uint32))
-    np.savez(tmp_path / "a/labels_v2/labels.npz", **arrays)
-    assert data.Sequence(tmp_path / "a").boxes[0].tolist() == [(7, 5, 4, 10, 8, 3, 1, 1)]
-
-
 def test_sequence_takes_the_half_resolution_file_where_both_are_there(tmp_path):
     write_sequence(tmp_path / "a", {1: [BOX]}, 3, hw=(48, 64), half=False)
     write_sequence(tmp_path / "b", {1: [BOX]}, 3)
@@ -942,34 +785,6 @@ def test_sequence_takes_the_half_resolution_file_where_both_are_there(tmp_path):
     half = Path(data.REPRESENTATION, data.FILES["half"])
     os.rename(tmp_path / "b" / half, tmp_path / "a" / half)
     assert data.Sequence(tmp_path / "a").hw == (24, 32)
-
-
-@pytest.mark.parametrize("filters", [
-    BLOSC, hdf5plugin.Blosc(cname="zstd", clevel=9, shuffle=0), hdf5plugin.Blosc(cname="lz4"),
-    hdf5plugin.Blosc(cname="zstd", clevel=0), hdf5plugin.Blosc(cname="zstd", shuffle=2),
-    hdf5plugin.Blosc2(cname="zstd"), dict(shuffle=True, **BLOSC), dict(compression="gzip")])
-def test_sequence_read_decodes_whatever_the_compression(tmp_path, filters):
-    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 48, 64))
-    for name, fill in (("sparse", None), ("zero", 0), ("noise", noise)):
-        frames = write_sequence(tmp_path / name, {}, 3, hw=(48, 64), fill=fill, **filters)
-        assert np.array_equal(data.Sequence(tmp_path / name).read(0, 3), frames)
-
-
-def box_as_rvt(label, hw, half):
-    """(x, y, w, h) of one label in float32, step by step as RVT clips and halves it."""
-    one = np.float32
-    lows = []
-    lengths = []
-    for start, extent, side in (("x", "w", hw[1]), ("y", "h", hw[0])):
-        low = min(max(label[start], one(0)), one(side - 1))
-        length = min(max(label[start] + label[extent], one(0)), one(side - 1)) - low
-        if half:
-            high = min((low + length) * one(0.5), one(side / 2 - 1))
-            low = low * one(0.5)
-            length = high - low
-        lows.append(low)
-        lengths.append(length)
-    return (*lows, *lengths)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -1204,18 +1019,6 @@ def test_train_data_makes_a_filler_where_a_zoom_empties_all_frames(tmp_path):
     assert plan(sequences, augmentation=UNMOVED)[0].has_boxes
 
 
-def train_on(batch):
-    """The loss of a tiny detector on a batch, and whether a step then changed its weights."""
-    model = tiny_detector(input_hw=tuple(batch.events.shape[-2:])).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    before = model.heads[0].obj_pred.bias.clone()
-    events = data.augment(batch.events, batch.rows, batch.cols)
-    loss = detection_loss(model(events, None, batch.frames)[0], batch.targets)["loss"]
-    loss.backward()
-    optimizer.step()
-    return loss.item(), not torch.equal(before, model.heads[0].obj_pred.bias)
-
-
 def test_train_data_change_events_draws_once_a_run_or_in_each_chunk(toy_set):
     class Noisy(TrainData):
         def change_events(self, events, seed, start):
@@ -1276,13 +1079,6 @@ def test_data_main_counts_and_draws_what_a_set_holds(tmp_path, capsys):
     assert boxes.split() == ["3", "boxes", "of", "bike,", "median", "side", "9", "px"]
     assert val == "val: 1 sequences, 1 labelled frames"
     assert (tmp_path / "sizes.png").stat().st_size > 1000
-
-
-def test_data_main_warns_where_its_picture_cannot_be_written(tmp_path, capsys):
-    make_set(tmp_path, [[1]], length=3)
-    (tmp_path / "file").touch()
-    data.main([str(tmp_path), "--split=train", f"--picture={tmp_path}/file/sizes.png"])
-    assert "WARNING: no picture" in capsys.readouterr().out
 
 
 # ==== train.py
@@ -1423,22 +1219,6 @@ def test_train_in_half_precision_on_a_cpu(dtype, traffic, tmp_path):
     assert all(x.isfinite().all() for x in checkpoint["model"].values())
 
 
-def test_train_in_a_thread_as_a_notebook_does(traffic, tmp_path):
-    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1"]
-    thread = threading.Thread(target=run_train, args=argv)
-    thread.start()
-    thread.join()
-    assert checkpoint_of(tmp_path)["step"] == 1
-
-
-def test_train_on_frames_of_one_cell_says_to_raise_batch_size(tmp_path):
-    for split in ("train", "val"):
-        make_set(tmp_path, [[2, 3]], split, length=5, hw=(32, 32))
-    argv = [*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out", "--num_classes=2"]
-    with pytest.raises(ValueError, match="raise batch_size"):
-        train.main([*argv, "--batch_size=1"])
-
-
 # ---- resume
 
 
@@ -1487,13 +1267,6 @@ def test_resume_with_other_streams_starts_their_states_at_zero(
 # ---- processes
 
 
-def torchrun(*argv, start=subprocess.run, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               "--master_port=29567", *argv]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    return start(command, text=True, cwd=ROOT, env=env, **options)
-
-
 def test_two_processes_train_as_one_that_accumulates(traffic, tmp_path):
     argv = [*TINY, f"--data_dir={traffic}", "--max_steps=2", "--eval_interval=2"]
     one = [f"--out_dir={tmp_path}/one", "--gradient_accumulation_steps=4"]
@@ -1507,26 +1280,6 @@ def test_two_processes_train_as_one_that_accumulates(traffic, tmp_path):
             torch.testing.assert_close(two["model"][key], value, rtol=1e-3, atol=1e-5, msg=key)
     one, two = one["progress"]["log"][0], two["progress"]["log"][0]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-
-
-def test_two_processes_stop_at_one_step_by_sigterm_resume_and_evaluate(traffic, tmp_path):
-    argv = ["train.py", *TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
-    process = torchrun(*argv, "--eval_interval=2", start=subprocess.Popen,
-                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while process.poll() is None and not (tmp_path / "best.pt").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    checkpoint = checkpoint_of(tmp_path)
-    step = checkpoint["step"]
-    assert f"stopped at step {step}" in output
-    assert len(checkpoint["states"]) == 2 and step >= 2
-    again = ["--init_from=resume", f"--max_steps={step + 1}"]
-    more = torchrun("train.py", f"--out_dir={tmp_path}", *again, capture_output=True)
-    assert more.returncode == 0, more.stderr
-    assert checkpoint_of(tmp_path)["step"] == step + 1
-    done = torchrun("eval.py", f"--ckpt={tmp_path}/ckpt.pt", capture_output=True)
-    assert done.returncode == 0, done.stderr
 
 
 # ---- changes in one place
@@ -1595,27 +1348,6 @@ def test_dump_is_a_config_file_that_gives_the_same_config(tmp_path):
     assert configurator.configure(KEYS, [str(tmp_path / "b.py")]) == config
 
 
-def test_command_line_ends_in_one_line_for_a_mistake_and_in_130_for_ctrl_c():
-    def mistaken(argv):
-        raise ValueError("two\n  lines")
-
-    def interrupted(argv):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit, match="^error: two lines$"):
-        configurator.command_line(mistaken)
-    with pytest.raises(SystemExit, match="^130$"):
-        configurator.command_line(interrupted)
-
-
-def test_command_line_shows_where_a_bug_is():
-    def buggy(argv):
-        raise KeyError("a bug")
-
-    with pytest.raises(KeyError):
-        configurator.command_line(buggy)
-
-
 # ==== detect.py
 
 
@@ -1677,12 +1409,6 @@ def test_detections_by_hand():
 
 
 # ---- run
-
-
-def some_sequences(count=5):
-    streams = [("c", 12, (1, 4, 9)), ("a", 20, (0, 3, 8, 19)), ("b", 7, (1, 6)), ("d", 9, (0,))]
-    streams.append(("e", 5, ()))  # name, length, labelled frames
-    return [MemorySequence(*stream) for stream in streams[:count]]
 
 
 @pytest.mark.parametrize("attention", (False, True))
@@ -1788,47 +1514,6 @@ def test_prophesee_filter_in_proportion_to_the_sensor(hw):
     assert len(prophesee_filter(early, hw[1])) == 0
     both = [late, early]
     assert score_boxes(both, both, *hw, NAMES, "prophesee")["boxes"] == 2
-
-
-def as_coco(frames, kept, ids):
-    """COCO object of the boxes of the classes `ids` in the frames `kept`."""
-    coco = COCO()
-    entries = []
-    for k in kept:
-        for box in frames[k][np.isin(frames[k]["class_id"], ids)]:
-            entry = {"id": len(entries) + 1, "image_id": k, "iscrowd": 0}
-            entry |= {"category_id": int(box["class_id"]), "area": float(box["w"] * box["h"])}
-            entry["bbox"] = [float(box[name]) for name in "xywh"]
-            entry["score"] = float(box["class_confidence"])
-            entries.append(entry)
-    images = [{"id": k} for k in kept]
-    categories = [{"id": i} for i in ids]
-    coco.dataset = {"images": images, "categories": categories, "annotations": entries}
-    coco.createIndex()
-    return coco
-
-
-def pycocotools_scores(labels, dets, ids, agnostic):
-    """The scores by pycocotools' own classes, as RVT calls them: the independent oracle."""
-    kept = [k for k, boxes in enumerate(labels) if len(boxes)]
-    with redirect_stdout(None):
-        coco = COCOeval(as_coco(labels, kept, ids), as_coco(dets, kept, ids), "bbox")
-        coco.params.useCats = int(not agnostic)
-        coco.params.areaRng = [(0, 1e10), *SIZES.values()]
-        coco.params.areaRngLbl = ["all", *SIZES]
-        coco.evaluate()
-        coco.accumulate()
-
-    def mean(values):
-        return values[values > -1].mean() if (values > -1).any() else -1
-
-    p, r = coco.eval["precision"], coco.eval["recall"]
-    scores = {"AP50": mean(p[0, ..., 0, 2]), "AP75": mean(p[5, ..., 0, 2])}
-    scores |= {"AR1": mean(r[..., 0, 0]), "AR10": mean(r[..., 0, 1])}
-    for k, size in enumerate(("", "_T", "_S", "_M", "_L")):
-        scores["AP" + size] = mean(p[..., k, 2])
-        scores["AR" + (size or "100")] = mean(r[..., k, 2])
-    return scores
 
 
 def same_scores(got, want):
@@ -1980,11 +1665,6 @@ def test_compare_shows_differences_and_a_metric_of_ones_own(monkeypatch, tmp_pat
     assert lines[3].split() == ["+0", "+0", "+0.015", *["+0"] * 14, "difference"]
 
 
-def test_compare_without_reports_says_how():
-    with pytest.raises(ValueError, match="needs reports"):
-        evaluation.main(["--compare"])
-
-
 # ---- main
 
 
@@ -2040,13 +1720,6 @@ def test_draw_enlarges_small_frames_by_a_whole_number():
     assert draw(np.zeros((20, 360, 640), np.uint8), (), NAMES).size == (640, 360)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, -1e30])
-def test_draw_of_boxes_that_are_no_numbers_or_lie_far_outside(value):
-    places = [(value, 3, 10, 10), (3, value, 10, 10), (3, 3, abs(value), 10)]
-    boxes = some_boxes(0, places, 1, 0.5)
-    assert draw(np.zeros((20, 32, 100), np.uint8), boxes, NAMES, boxes).size == (500, 160)
-
-
 def test_draw_curves_of_every_column_and_of_fields_that_are_empty(tmp_path):
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "AP": 0.1}]
     for k in (1, 2):
@@ -2068,20 +1741,6 @@ def test_draw_box_sizes_of_each_split(tmp_path):
 
 
 # ==== prepare.py
-
-
-def slow_histogram(t, x, y, p, height, width, downsample):
-    """The definition, event by event."""
-    full = np.zeros((20, height, width), np.int64)
-    for when, col, row, on in zip(t, x, y, p):
-        where = np.float32(when - t[0]) / np.float32(max(t[-1] - t[0], 1)) * np.float32(10)
-        full[(10 if on > 0 else 0) + min(int(np.floor(where)), 9), row, col] += 1
-    H, W = height // 2, width // 2
-    if downsample == "nearest":
-        full = full[:, 1:2 * H:2, 1:2 * W:2]
-    if downsample == "sum":
-        full = full[:, :2 * H, :2 * W].reshape(20, H, 2, W, 2).sum((2, 4))
-    return np.minimum(full, 10).astype(np.uint8)
 
 
 @pytest.mark.parametrize("downsample", ["none", "nearest", "sum"])
@@ -2199,15 +1858,6 @@ def test_readers_take_another_format_in_one_line(tmp_path, monkeypatch):
     assert same_tree(load(tmp_path / "out/train/csv"), load(tmp_path / "out/train/h5"))
 
 
-def test_chunks_raise_times_that_go_backwards_across_blocks_and_count_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK", 4)
-    t = np.array([5, 9, 8, 10, 3, 12, 12, 40, 13, 14, 15, 50])
-    recording, got = read_times(tmp_path / "a_td.h5", t)
-    np.testing.assert_array_equal(got, np.maximum.accumulate(t))
-    assert recording.backwards == 5 and recording.events == 12
-    assert (recording.first_us, recording.last_us) == (5, 50)
-
-
 # ==== prepare.py: windows
 
 
@@ -2275,17 +1925,6 @@ def test_filter_boxes_crops_filters_and_counts():
     assert filter_boxes(large, 720, 1280, 8, "prophesee", train=False)[0]["t"].tolist() == [1]
 
 
-def rvts_rule(times, base):
-    """Labelled frames and numbers of base steps between them as RVT's script chooses them."""
-    frames, steps = [times[times >= 100_000][0]], []
-    for time_us in times[times > frames[0]]:
-        count = round((time_us - frames[-1]) / base)
-        if abs(time_us - frames[-1] - count * base) <= 2000:
-            frames.append(time_us)
-            steps.append(count)
-    return frames, steps
-
-
 @pytest.mark.parametrize("hertz, grid_us", [(30, 0), (60, 0), (4, 250_000), (1, 250_000)])
 def test_label_frames_and_window_ends_are_rvts_on_labels_like_its_own(hertz, grid_us):
     rng = np.random.default_rng(hertz)
@@ -2333,30 +1972,6 @@ def test_label_frames_start_a_new_phase_after_a_gap():
     assert 45_000 < np.diff(ends).min() and np.diff(ends).max() < 55_000
     tail = before[-1] + [5 * 33_333, 6 * 33_333]  # on the grid, not in phase: RVT drops it
     assert label_frames(np.concatenate((before, tail)), 0)[0].max() == 933_324
-
-
-@pytest.mark.parametrize("hertz, jitter_us, share", [
-    (10, 1_000, 0.97), (10, 3_000, 0.95), (10, 10_000, 0.9), (30, 3_000, 0.9), (20, 8_000, 0.85)])
-def test_label_frames_keep_one_about_every_100_ms_where_labels_jitter(hertz, jitter_us, share):
-    rng = np.random.default_rng(0)
-    times = np.arange(1, 100 * hertz) * (1_000_000 // hertz)
-    times = np.unique(times + rng.normal(0, jitter_us, len(times)).astype(int))
-    assert len(label_frames(times, 0)[0]) > share * 1000
-
-
-@pytest.mark.parametrize("hertz", [15, 30, 170, 1000])
-def test_label_frames_keep_one_about_every_100_ms_at_random_times_and_of_two_sources(hertz):
-    rng = np.random.default_rng(0)
-    times = np.unique(rng.integers(100_000, 100_000_000, 100 * hertz))
-    assert len(label_frames(times, 0)[0]) > 100_000_000 / (100_000 + 1_100_000 / hertz)
-    two = np.unique(np.concatenate([np.arange(1, 1000), np.arange(1, 1000) + 0.37]) * 100_000)
-    assert len(label_frames(two.astype(int), 0)[0]) == 999
-
-
-def test_label_frames_take_an_hour_of_labels_in_linear_time():
-    began = time.perf_counter()
-    assert len(label_frames(np.arange(100_000, 3_600_000_000, 33_333), 0)[0]) == 36_000
-    assert time.perf_counter() - began < 2
 
 
 def test_window_ends_of_gen1_are_as_far_apart_as_rvts():
@@ -2413,20 +2028,6 @@ def test_prepare_keeps_small_boxes_of_own_data_and_numbers_their_classes(tmp_pat
     assert found == ["dataset.json", "test", "train"]
 
 
-def test_prepare_skips_a_sequence_without_labels_or_events_left(tmp_path, capsys):
-    raw = raw_set(tmp_path / "raw", some_labels([100_000, 200_000], class_id=9), names=("skipped",))
-    raw_set(raw, some_labels([10_000, 20_000]), names=("early",))
-    raw_set(raw, some_labels([]), names=("none",))
-    raw_set(raw, some_labels([200_000, 300_000]), np.zeros((4, 0)), names=("empty",))
-    write_h5(raw / "train" / "unlabelled and empty.h5", [], [], [], [])
-    with pytest.raises(ValueError, match="nothing was prepared"):
-        prepare.main([f"--src={raw}", f"--dst={tmp_path}/out", "--dataset=etram"])
-    said = capsys.readouterr().out
-    assert "2 boxes of unknown class" in said and "2 label times left out" in said
-    raw_set(raw, names=("unlabelled",))
-    assert prepare.prepare(raw, tmp_path / "out", "etram") == {"skipped": 5, "prepared": 1}
-
-
 def test_prepare_gives_a_recording_without_labels_windows_from_its_first_event_on(tmp_path):
     raw_set(tmp_path / "raw")
     prepare.prepare(tmp_path / "raw", tmp_path / "out", "etram")
@@ -2447,42 +2048,6 @@ def test_run_jobs_writes_with_two_processes_what_one_writes(tmp_path):
 
 
 # ==== simulate.py
-
-
-SMALL_SCENE = dict(train=1, val=2, test=0, seconds=1.0, height=48, width=64, sizes=(2.0, 8.0),
-                   users=8.0)
-SMALL_NAMES = ("train/train_0000", "val/val_0000", "val/val_0001")
-
-
-@pytest.fixture(scope="module")
-def small_traffic(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small_traffic")
-    simulate.simulate(folder, 0, **SMALL_SCENE)
-    return folder
-
-
-def raw_recording(folder, name):
-    """Events (t, x, y, p) and boxes of a raw recording."""
-    events = map(np.concatenate, zip(*prepare.Recording(folder / f"{name}_td.h5").chunks()))
-    return *events, np.load(folder / f"{name}_bbox.npy")
-
-
-def two_cars():
-    """A plain scene of 48 x 64 px and two cars in one place, the first before the second."""
-    ground = np.zeros((48, 64), np.float32)
-    scene = SimpleNamespace(ground=ground, sizes=(3, 8), horizon=8, camera=4, road=0, night=False)
-    cars = [simulate.make_thing(np.random.default_rng(1), 1, scene, 120) for _ in range(2)]
-    for distance, car in enumerate(cars, 1):
-        car.depth[:] = distance
-        car.box_xyxy[:] = (10, 20, 26, 28)
-        car.moved[:] = 100
-    return scene, *cars
-
-
-def sensor_before(image):
-    sensor = simulate.Sensor(np.random.default_rng(0), np.float32(image), 1)
-    sensor.threshold[:] = 0.2
-    return sensor
 
 
 def test_simulate_depends_on_the_seed_alone(small_traffic, tmp_path):
@@ -2571,19 +2136,6 @@ def test_sensor_sees_nothing_of_what_stands_still():
     assert np.abs(sensor.level - sensor.before).max() < 0.201  # all but a threshold was told
 
 
-def test_simulate_interrupted_leaves_no_half_recording(small_traffic, tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "save", lambda *a: 1 / 0)  # once the events are written
-    with pytest.raises(ZeroDivisionError):
-        simulate.simulate(tmp_path, 0, **SMALL_SCENE)
-    assert not list(tmp_path.glob("*/*_td.h5"))
-    monkeypatch.undo()
-    simulate.simulate(tmp_path, 0, **SMALL_SCENE)
-    both = [raw_recording(folder, SMALL_NAMES[0]) for folder in (small_traffic, tmp_path)]
-    assert all(map(np.array_equal, *both))
-    monkeypatch.setattr(simulate, "make_scene", lambda *a: pytest.fail("simulated again"))
-    simulate.simulate(tmp_path, 0, **SMALL_SCENE)
-
-
 def test_ensure_toy_makes_the_set_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
     monkeypatch.setattr(simulate, "defaults", simulate.defaults | SMALL_SCENE)
     (tmp_path / "toy/.partial").mkdir(parents=True)  # as an interrupted prepare.py leaves it
@@ -2596,26 +2148,7 @@ def test_ensure_toy_makes_the_set_once_and_goes_on_after_an_interruption(tmp_pat
     simulate.ensure_toy(tmp_path / "toy", 0)
 
 
-def test_simulate_names_wrong_options(tmp_path):
-    with pytest.raises(ValueError, match="sizes=.9, 6."):
-        simulate.simulate(tmp_path, sizes=(9, 6))
-    with pytest.raises(ValueError, match="0.2 or more"):
-        simulate.simulate(tmp_path, seconds=0.0)
-    with pytest.raises(ValueError, match="unknown key"):
-        simulate.main(["--second=3"])
-
-
 # ==== demo.py
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    return write_checkpoint(tmp_path / "ckpt.pt", small_detector(), class_names=NAMES)
-
-
-def run_demo(checkpoint, recording, out, *options):
-    paths = (f"--ckpt={checkpoint}", f"--recording={recording}", f"--out={out}")
-    demo.main([*paths, "--confidence=0.01", "--device=cpu", *options])
 
 
 def test_demo_writes_video_and_boxes(tmp_path, checkpoint, capsys):
@@ -2672,31 +2205,6 @@ def test_demo_reads_a_sensor_of_twice_the_size_at_half_resolution_and_others_as_
     assert (tmp_path / "a.gif").exists()
 
 
-@pytest.mark.parametrize("kind", ["cut", "empty", "text", "absent"])
-def test_demo_leaves_nothing_behind_a_bad_recording(tmp_path, checkpoint, kind):
-    recording = tmp_path / "bad.h5"
-    if kind in ("cut", "empty"):
-        whole = write_recording(recording, events=200_000 * (kind == "cut")).read_bytes()
-        recording.write_bytes(whole[:100_000])
-    if kind == "text":
-        recording.write_text("hello")
-    before = set(tmp_path.iterdir())
-    with pytest.raises((ValueError, OSError), match="bad.h5"):
-        run_demo(checkpoint, recording, tmp_path / "out.gif", f"--boxes={tmp_path / 'b.npy'}")
-    assert set(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize("option, word", [
-    ("--class_names=a,b", "class_names"), ("--dtype=int8", "dtype"),
-    ("--recording=notes.txt", "notes.txt"), ("--recording=nowhere", "nowhere"),
-    ("--recording=", "expected --recording"),
-    ("--out=x.avi", "expected --recording"), ("--boxes=x.txt", "expected --recording")])
-def test_demo_names_what_does_not_fit(tmp_path, checkpoint, option, word):
-    recording = write_recording(tmp_path / "drive_td.h5")
-    with pytest.raises((ValueError, OSError), match=word):
-        run_demo(checkpoint, recording, tmp_path / "e.gif", option)
-
-
 # ==== bench.py
 
 
@@ -2746,10 +2254,3 @@ def test_ablation_main_writes_table_and_picture_and_trains_nothing_twice(
     written = (tmp_path / "4scale_2_0/ckpt.pt").stat().st_mtime_ns
     ablation.main(argv)
     assert (tmp_path / "4scale_2_0/ckpt.pt").stat().st_mtime_ns == written
-
-
-def test_train_run_names_the_run_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "ARMS", {"wrong": ["--patch_size=7"]})
-    config = SimpleNamespace(**ablation.defaults)
-    with pytest.raises(ValueError, match="wrong: error: patch_size=7"):
-        ablation.train_run(f"{tmp_path}/wrong", "wrong", 2, 0, config)
