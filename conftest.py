@@ -121,6 +121,16 @@ TINY = (
 )
 
 
+def checkpoint_of(folder, name="ckpt.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def trained(data_dir, out_dir, *options):
+    """Checkpoint that train.py writes in a tiny run."""
+    assert run_train(*TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *options) == 0
+    return checkpoint_of(out_dir)
+
+
 BLOSC = hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE)
 
 
@@ -407,10 +417,6 @@ class Hostile:
         return os.system, ("touch hostile_code_ran",)
 
 
-def checkpoint_of(folder, name="ckpt.pt"):
-    return torch.load(Path(folder) / name, weights_only=True)
-
-
 def assert_same(a, b, where="checkpoint"):
     """Equal to the bit, NaN included."""
     assert type(a) is type(b), where
@@ -501,20 +507,39 @@ def write_table(path, *columns, **options):
         file.create_dataset("CD/events", data=table, **options)
 
 
+def write_dat(path, t, x, y, p, size=(48, 64)):
+    """A recording in Prophesee's DAT."""
+    header = f"% Data file containing CD events.\n% Version 2\n% Height {size[0]}\n"
+    header += f"% Width {size[1]}\n"
+    records = np.stack((t, x | y << 14 | p << 28), 1).astype("<u4")
+    path.write_bytes(header.encode() + b"\x00\x08" + records.tobytes())
+    return path
+
+
+def read_events(recording):
+    """All events of a Recording: t, x, y, p."""
+    return [np.concatenate(column) for column in zip(*recording.chunks())]
+
+
 def read_times(path, t):
     """(Recording that was read, times) of a recording with events at t us."""
     recording = Recording(write_h5(path, t, t % 64, t % 48, t % 2))
-    return recording, np.concatenate([chunk[0] for chunk in recording.chunks()])
+    return recording, read_events(recording)[0]
 
 
 GRID_US = np.arange(100_000, 1_900_000, 100_000)
 
 
-def rvt_detector(tmp_path, **overrides):
-    """What RVT computed on a few frames, and a detector with RVT's weights."""
+def rvt_checkpoint(folder):
+    """What RVT computed on a few frames, and the path of a checkpoint with the weights it had."""
     reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)
-    path = tmp_path / "rvt.ckpt"
-    torch.save(reference["checkpoint"], path)
+    torch.save(reference["checkpoint"], folder / "rvt.ckpt")
+    return reference, folder / "rvt.ckpt"
+
+
+def rvt_detector(folder, **overrides):
+    """What RVT computed on a few frames, and a detector with RVT's weights."""
+    reference, path = rvt_checkpoint(folder)
     return reference, load_rvt(path, input_hw=(128, 160), partition_split=1, **overrides)
 
 
@@ -692,7 +717,7 @@ def small_traffic(tmp_path_factory):
 
 def raw_recording(folder, name):
     """Events (t, x, y, p) and boxes of a raw recording."""
-    events = map(np.concatenate, zip(*prepare.Recording(folder / f"{name}_td.h5").chunks()))
+    events = read_events(Recording(folder / f"{name}_td.h5"))
     return *events, np.load(folder / f"{name}_bbox.npy")
 
 

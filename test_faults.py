@@ -64,6 +64,7 @@ from conftest import (
     random_events,
     raw_recording,
     raw_set,
+    read_events,
     read_times,
     run_demo,
     run_train,
@@ -77,7 +78,9 @@ from conftest import (
     some_report,
     tiny_detector,
     torchrun,
+    trained,
     write_checkpoint,
+    write_dat,
     write_h5,
     write_prepared,
     write_recording,
@@ -86,13 +89,13 @@ from conftest import (
     write_trained,
 )
 from data import FILES, REPRESENTATION, Augmentation, augment, make_loader, open_split
-from detect import StreamDetector, detections, run, score_boxes
+from detect import StreamDetector, detections, nms, run, score_boxes
 from eval import compare
 from formats import BOX_DTYPE, histogram
 from loss import SizeAware
 from model import ModelConfig
 from pictures import draw
-from prepare import Recording, label_frames
+from prepare import Recording, label_frames, read_labels
 
 # ==== faults.py
 
@@ -312,6 +315,10 @@ def test_load_weights_names_what_does_not_fit():
         changed = weights | {name: x}
         with pytest.raises(ValueError, match=f"^a.pt: 1 weights do not fit .*{name} {words}"):
             load_weights(detector, changed, "a.pt", new_classes=True)
+    with pytest.raises(ValueError, match="6 weights do not fit"):
+        load_weights(tiny_detector(num_classes=5), weights, "a.pt")
+    with pytest.raises(ValueError, match="do not fit"):  # another architecture as well
+        load_weights(tiny_detector(num_classes=5, embed_dim=24), weights, "a.pt", new_classes=True)
 
 
 def test_load_rvt_names_what_is_unmatched(tmp_path):
@@ -773,6 +780,12 @@ def test_train_from_poisoned_weights_ends_the_run(traffic, tmp_path):
                     "--max_steps=9", "--max_bad_steps=2"])
 
 
+def test_train_refuses_weights_of_another_architecture(traffic, tmp_path):
+    write_checkpoint(tmp_path / "a.pt", tiny_detector())
+    with pytest.raises(ValueError, match="a.pt: .* weights do not fit"):
+        trained(traffic, tmp_path / "out", f"--init_from={tmp_path}/a.pt", "--embed_dim=32")
+
+
 @pytest.mark.parametrize("kind", ["longer", "shorter", "of stride 0"])
 def test_moments_of_another_shape_in_a_checkpoint_cannot_crash_the_optimizer(
         kind, traffic, tmp_path):
@@ -1007,6 +1020,14 @@ def test_draw_of_boxes_that_are_no_numbers_or_lie_far_outside(value):
 # ---- long runs
 
 
+def test_nms_of_many_boxes_in_bounded_blocks():
+    torch.manual_seed(0)
+    corner = 8 * torch.randint(0, 40, (20_000, 2)).float()
+    box = torch.cat((corner, corner + 10), 1)  # neighbours overlap by less than the threshold
+    kept = nms(box, torch.rand(20_000), torch.zeros(20_000), 0.45)
+    assert len(kept) == len(corner.unique(dim=0)) == len(corner[kept].unique(dim=0))
+
+
 def resident_mb():
     """Memory of this process now, in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -1069,9 +1090,7 @@ def raw_recordings(folder):
             file.create_dataset(f"events/{key}", data=column.astype(kind), chunks=(1000,), **blosc)
         file["events/height"] = 48
         file["events/width"] = 64
-    records = np.stack((t, x | y << 14 | p << 28), 1).astype("<u4").tobytes()
-    header = b"% Version 2\n% Height 48\n% Width 64\n\x00\x08"
-    (folder / "a_td.dat").write_bytes(header + records)
+    write_dat(folder / "a_td.dat", t, x, y, p)
     with contextlib.suppress(ImportError):
         import faery
         events = np.empty(len(t), faery.EVENTS_DTYPE)
@@ -1254,11 +1273,23 @@ def test_read_h5_names_a_missing_filter_and_other_columns(tmp_path, monkeypatch)
         Recording(tmp_path / "b.h5")
 
 
+def test_read_h5_names_how_to_tell_a_size_that_is_missing(tmp_path):
+    path = write_h5(tmp_path / "b.hdf5", *some_events(100, 50_000), size=None, group="CD/events")
+    with pytest.raises(ValueError, match="b.hdf5: the sensor's size.*--height"):
+        Recording(path)
+
+
 def test_read_faery_names_the_package_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faery", None)
     (tmp_path / "a.raw").write_bytes(b"% evt 3.0\n")
     with pytest.raises(ValueError, match="a.raw.*pip install faery"):
         Recording(tmp_path / "a.raw", 720, 1280)
+
+
+def test_read_dat_reads_the_events_before_one_that_is_cut_off(tmp_path):
+    path = write_dat(tmp_path / "a_td.dat", *some_events(350, 10**6))
+    path.write_bytes(path.read_bytes()[:-3])
+    assert len(read_events(Recording(path))[0]) == 349
 
 
 def test_unreadable_recordings_are_named_in_one_line(tmp_path):
@@ -1365,6 +1396,14 @@ def test_prepare_reports_what_is_odd_about_events(change, words, tmp_path, capsy
     assert words in capsys.readouterr().out
 
 
+def test_read_labels_names_the_fields_that_it_expects(tmp_path):
+    old = np.zeros(3, [("ts", "<u8"), ("x", "<f4"), ("y", "<f4")])
+    for other in (old, np.zeros((20, 8))):
+        np.save(tmp_path / "c_bbox.npy", other)
+        with pytest.raises(ValueError, match="c_bbox.npy .expected: an array with fields t x y"):
+            read_labels(tmp_path / "c_bbox.npy")
+
+
 def test_name_classes_makes_numbers_names_and_refuses_ids_from_one(tmp_path):
     raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:6], class_id=[1, 2, 3] * 2))
     with pytest.raises(ValueError, match="class ids .1, 2, 3.*0 to 2: a, b, c"):
@@ -1460,6 +1499,18 @@ def test_simulate_interrupted_leaves_no_half_recording(small_traffic, tmp_path, 
     assert all(map(np.array_equal, *both))
     monkeypatch.setattr(simulate, "make_scene", lambda *a: pytest.fail("simulated again"))
     simulate.simulate(tmp_path, 0, **SMALL_SCENE)
+
+
+def test_ensure_toy_makes_the_set_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr(simulate, "defaults", simulate.defaults | SMALL_SCENE)
+    (tmp_path / "toy/.partial").mkdir(parents=True)  # as an interrupted prepare.py leaves it
+    simulate.ensure_toy(tmp_path / "toy", 0)
+    assert len(list((tmp_path / "toy/val").iterdir())) == 2
+    prepared = load(tmp_path / "toy/val/val_0000")
+    assert prepared["event_representations_ds2_nearest.h5"].shape[1:] == (20, 24, 32)
+    assert prepared["labels"]["w"].min() < 10
+    monkeypatch.setattr(simulate, "simulate", lambda *a: pytest.fail("made again"))
+    simulate.ensure_toy(tmp_path / "toy", 0)
 
 
 def test_simulate_names_wrong_options(tmp_path):
