@@ -2736,6 +2736,7 @@ def test_ablation_main_writes_table_and_picture_and_trains_nothing_twice(
 ):
     arms = {"baseline_3scale": [*TINY], "4scale": [*TINY, "--fpn_stages=1,2,3,4"]}
     monkeypatch.setattr(ablation, "ARMS", arms)
+    monkeypatch.setattr(ablation, "COSTLY", 1.2)
     argv = ["--steps=2", "--seeds=1", "--resamples=3", "--device=cpu"]
     argv += [f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
     ablation.main(argv)
