@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -219,9 +220,6 @@ def toy_set(tmp_path_factory):
     return open_split(root, "train")
 
 
-HISTOGRAMS = "event_representations_v2/stacked_histogram_dt=50_nbins=10"
-
-
 def write_h5(path, t, x, y, p, size=(48, 64), group="events"):
     """A recording as eTraM has them; size None leaves out height and width."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -362,10 +360,8 @@ def write_prepared(
     """A prepared data set on disk, full resolution, with a dataset.json."""
     for name in names:
         sequence = MemorySequence(name, length, labelled, hw, len(classes))
-        events, labels = (
-            folder / split / name / part
-            for part in ("event_representations_v2/stacked_histogram_dt=50_nbins=10", "labels_v2")
-        )
+        events = folder / split / name / data.REPRESENTATION
+        labels = folder / split / name / "labels_v2"
         events.mkdir(parents=True)
         labels.mkdir()
         with h5py.File(events / "event_representations.h5", "w") as file:
@@ -446,6 +442,7 @@ def assert_same_run(a, b):
     assert_same(a, b)
 
 
+@pytest.fixture
 def four_anchors():
     """Two frames: anchor 2 overlaps anchors 0 and 1, anchor 3 is weak; all are in the second."""
     box = torch.tensor([[20, 30, 10, 20.0], [21, 30, 10, 20], [21, 30, 10, 20], [50, 50, 4, 4]])
@@ -464,13 +461,14 @@ def some_report():
     return labels, dets, report(labels, dets, 360, 640, NAMES, score="cls", **settings)
 
 
-def write_trained(folder):
-    """A checkpoint for the four classes of the prepared set in folder/data."""
-    data = write_prepared(folder / "data", hw=(48, 96))  # not what it was trained on
+@pytest.fixture
+def ckpt(tmp_path):
+    """A checkpoint for the four classes of the prepared set in tmp_path/data."""
+    data = write_prepared(tmp_path / "data", hw=(48, 96))  # not what it was trained on
     config = {"data_dir": str(data), "class_names": NAMES, "num_classes": 4, "sequence_length": 3}
     config |= {"eval_batch_size": 2, "num_workers": 0}
-    (folder / "run").mkdir()
-    return write_checkpoint(folder / "run" / "ckpt.pt", small_detector(), **config)
+    (tmp_path / "run").mkdir()
+    return write_checkpoint(tmp_path / "run" / "ckpt.pt", small_detector(), **config)
 
 
 KEYS = dict(out_dir="out", learning_rate=1e-4, batch_size=6, fpn_stages=(2, 3, 4), compile=True,
@@ -577,6 +575,23 @@ def simota_by_definition(prediction, targets, n):
     return matched
 
 
+def terms_by_definition(prediction, targets, weight, class_loss):
+    """iou, obj and cls, with the matched anchors taken one by one; weight(area)."""
+    iou, cls, is_object = 0.0, 0.0, torch.zeros_like(prediction.obj)
+    for n in range(len(targets)):
+        for a, (m, overlap) in simota_by_definition(prediction, targets, n).items():
+            label, _, _, w, h = targets[n, m].tolist()
+            onehot = F.one_hot(torch.tensor(int(label)), 3).float()
+            iou += 5 * weight(w * h) * (1 - overlap**2)
+            terms = class_loss(prediction.cls[n, a], onehot, overlap)
+            cls += weight(w * h) * terms.sum().item()
+            is_object[n, a] = 1
+    obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum").item()
+    matched = is_object.sum().item()
+    terms = {"iou": iou, "obj": obj, "cls": cls, "loss": iou + obj + cls, "num_fg": matched**2 / 3}
+    return {key: pytest.approx(x / matched, rel=1e-5) for key, x in terms.items()}
+
+
 def random_scene(targets, strides, seed):
     """Prediction on frames of 64x96 px, and the targets (N, M, 5) with random boxes for NaN."""
     g = torch.Generator().manual_seed(seed)
@@ -591,6 +606,23 @@ def random_scene(targets, strides, seed):
     obj, *cls = torch.randn(4, N, A, generator=g)
     prediction = Prediction(torch.cat((centre, size), -1), obj, torch.stack(cls, -1), grid)
     return prediction, torch.where(targets.isnan(), random, targets)
+
+
+def greedy(box, score, label, iou):
+    """Non-maximum suppression by its definition, box by box."""
+
+    def clash(i, j):
+        low = np.maximum(box[i][:2], box[j][:2])
+        high = np.minimum(box[i][2:], box[j][2:])
+        both = np.prod(np.clip(high - low, 0, None))
+        areas = np.prod(box[j][2:] - box[j][:2]) + np.prod(box[i][2:] - box[i][:2])
+        return label[i] == label[j] and both > 0 and both / (areas - both) > iou
+
+    kept = []
+    for i in sorted(range(len(score)), key=lambda i: -float(score[i])):
+        if not any(clash(i, j) for j in kept):
+            kept.append(i)
+    return kept
 
 
 def box_as_rvt(label, hw, half):
@@ -721,6 +753,7 @@ def raw_recording(folder, name):
     return *events, np.load(folder / f"{name}_bbox.npy")
 
 
+@pytest.fixture
 def two_cars():
     """A plain scene of 48 x 64 px and two cars in one place, the first before the second."""
     ground = np.zeros((48, 64), np.float32)

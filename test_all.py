@@ -7,13 +7,10 @@ where it is absent.
 """
 
 import copy
-import fcntl
 import json
 import math
-import os
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -30,7 +27,6 @@ import data
 import demo
 import detect
 import eval as evaluation
-import formats
 import loss
 import model
 import pictures
@@ -42,7 +38,6 @@ from conftest import (
     BOX,
     CONFIGS,
     GRID_US,
-    HISTOGRAMS,
     KEYS,
     NAMES,
     ROOT,
@@ -55,7 +50,7 @@ from conftest import (
     assert_same_run,
     box_as_rvt,
     checkpoint_of,
-    four_anchors,
+    greedy,
     load,
     make_boxes,
     make_set,
@@ -86,12 +81,12 @@ from conftest import (
     some_labels,
     some_report,
     some_sequences,
+    terms_by_definition,
     tiny_detector,
     torchrun,
     train_on,
     train_one_step,
     trained,
-    two_cars,
     write_checkpoint,
     write_dat,
     write_h5,
@@ -99,15 +94,12 @@ from conftest import (
     write_recording,
     write_sequence,
     write_table,
-    write_trained,
 )
 from data import Augmentation, TrainData, View, augment, index_map, move_boxes, open_split
 from detect import StreamDetector, detections, nms, prophesee_filter, run, score_boxes
-from eval import compare, report
 from formats import BOX_DTYPE, histogram
 from loss import Assignment, SizeAware, box_iou, detection_loss, focal_loss, size_weights
 from model import Detector, ModelConfig, Prediction, reset_state
-from pictures import draw
 from prepare import Recording, filter_boxes, label_frames, read_labels, window_ends, windows
 
 # ==== model.py
@@ -607,23 +599,6 @@ def scene():
     return random_scene(boxes, (8, 16, 32), 0)
 
 
-def terms_by_definition(prediction, targets, weight, class_loss):
-    """iou, obj and cls, with the matched anchors taken one by one; weight(area)."""
-    iou, cls, is_object = 0.0, 0.0, torch.zeros_like(prediction.obj)
-    for n in range(len(targets)):
-        for a, (m, overlap) in simota_by_definition(prediction, targets, n).items():
-            label, _, _, w, h = targets[n, m].tolist()
-            onehot = F.one_hot(torch.tensor(int(label)), 3).float()
-            iou += 5 * weight(w * h) * (1 - overlap**2)
-            terms = class_loss(prediction.cls[n, a], onehot, overlap)
-            cls += weight(w * h) * terms.sum().item()
-            is_object[n, a] = 1
-    obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum").item()
-    matched = is_object.sum().item()
-    terms = {"iou": iou, "obj": obj, "cls": cls, "loss": iou + obj + cls, "num_fg": matched**2 / 3}
-    return {key: pytest.approx(x / matched, rel=1e-5) for key, x in terms.items()}
-
-
 def test_detection_loss_equals_its_formulas_written_out(scene):
     def quality(logits, onehot, overlap):
         return F.binary_cross_entropy_with_logits(logits, onehot * overlap, reduction="none")
@@ -741,7 +716,7 @@ def test_sequence_takes_the_half_resolution_file_where_both_are_there(tmp_path):
     write_sequence(tmp_path / "b", {1: [BOX]}, 3)
     assert data.Sequence(tmp_path / "a").hw == (48, 64)
     half = Path(data.REPRESENTATION, data.FILES["half"])
-    os.rename(tmp_path / "b" / half, tmp_path / "a" / half)
+    (tmp_path / "b" / half).rename(tmp_path / "a" / half)
     assert data.Sequence(tmp_path / "a").hw == (24, 32)
 
 
@@ -1084,8 +1059,7 @@ def test_muon_equals_torchs_on_matrices_and_adamw_on_vectors():
     muon = train.Muon(ours, 0.02, weight_decay=0.1)
     theirs = [  # its steps are 0.2 of the learning rate, taken in bfloat16
         torch.optim.Muon([matrix], 0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([vector], 0.02, weight_decay=0.1),
-    ]
+        torch.optim.AdamW([vector], 0.02, weight_decay=0.1)]
     for _ in range(3):
         for p, q in zip(ours, (matrix, vector)):
             p.grad = torch.randn(p.shape)
@@ -1105,20 +1079,20 @@ TABLE = {  # patch, stages, weight or None, steps, batch, eval batch, interval, 
     "3scale_sizeaware_attention": (4, (2, 3, 4), 2.0, 100_000, 6, 2, 3500, 1e-3),
     "patch2_sizeaware": (2, (2, 3, 4), 2.0, 100_000, 2, 2, 3500, 1e-4),
     "patch2_4scale_sizeaware": (2, (1, 2, 3, 4), 2.0, 200_000, 2, 2, 5000, 1e-4),
-    "patch3_4scale_sizeaware": (3, (1, 2, 3, 4), 2.0, 200_000, 4, 4, 5000, 1.4e-4),
-}
+    "patch3_4scale_sizeaware": (3, (1, 2, 3, 4), 2.0, 200_000, 4, 4, 5000, 1.4e-4)}
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_configs_say_what_the_notes_say(name):
     path = str(ROOT / "configs" / f"{name}.py")
-    config = SimpleNamespace(**configurator.configure(train.defaults, [path]))
-    weight = config.size_aware_weight if config.size_aware_loss else None
+    config = configurator.configure(train.defaults, [path])
+    weight = config["size_aware_weight"] if config["size_aware_loss"] else None
     assert TABLE[name] == (
-        config.patch_size, config.fpn_stages, weight, config.max_steps, config.batch_size,
-        config.eval_batch_size, config.eval_interval, config.learning_rate)
-    assert (config.sequence_length, config.sampling) == (5, "stream")
-    assert config.weight_type == "exponential"
+        config["patch_size"], config["fpn_stages"], weight, config["max_steps"],
+        config["batch_size"], config["eval_batch_size"], config["eval_interval"],
+        config["learning_rate"])
+    assert (config["sequence_length"], config["sampling"]) == (5, "stream")
+    assert config["weight_type"] == "exponential"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -1195,27 +1169,6 @@ def test_resume_equals_an_unbroken_run_also_where_the_validation_broke(
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_resume_takes_changed_options_and_a_moved_folder(traffic, tmp_path):
-    trained(traffic, f"{tmp_path}/a/", "--max_steps=1")
-    (tmp_path / "a").rename(tmp_path / "b")
-    options = ["--init_from=resume", "--max_steps=2", "--weight_decay=0.5"]
-    assert run_train(f"--out_dir={tmp_path}/b", *options) == 0
-    checkpoint = checkpoint_of(tmp_path / "b")
-    assert checkpoint["step"] == 2
-    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
-    assert "init_from = 'scratch'" in (tmp_path / "b/config.py").read_text()
-    assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize("option", ["--sequence_length=2", "--batch_size=1", "--seed=3"])
-def test_resume_with_other_streams_starts_their_states_at_zero(
-        option, traffic, tmp_path, monkeypatch, capsys):
-    checkpoint = trained(traffic, tmp_path, "--max_steps=1")
-    assert any(x.any() for x in checkpoint["states"][0][0])
-    assert run_train(f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=1", option) == 0
-    assert "their states start at 0" in capsys.readouterr().out
-
-
 # ---- processes
 
 
@@ -1272,8 +1225,7 @@ def test_another_logged_scalar_is_one_key_of_the_losses(traffic, tmp_path, monke
     (["--names=tram"], "names", ("tram",)),
     (["--names=30"], "names", (30,)),
     (["--names="], "names", ()),
-    (["--out_dir=3"], "out_dir", "3"),
-])
+    (["--out_dir=3"], "out_dir", "3")])
 def test_configure_reads_options_by_the_type_of_their_default(argv, key, want):
     got = configurator.configure(KEYS, argv)[key]
     assert got == want and type(got) is type(want)
@@ -1288,30 +1240,7 @@ def test_configure_applies_files_and_options_in_order(tmp_path):
     assert KEYS["batch_size"] == 6  # the defaults stay
 
 
-def test_dump_is_a_config_file_that_gives_the_same_config(tmp_path):
-    config = configurator.configure(KEYS, ["--batch_size=5", "--names=car,bus"])
-    (tmp_path / "b.py").write_text(configurator.dump(config))
-    assert configurator.configure(KEYS, [str(tmp_path / "b.py")]) == config
-
-
 # ==== detect.py
-
-
-def greedy(box, score, label, iou):
-    """Non-maximum suppression by its definition, box by box."""
-
-    def clash(i, j):
-        low = np.maximum(box[i][:2], box[j][:2])
-        high = np.minimum(box[i][2:], box[j][2:])
-        both = np.prod(np.clip(high - low, 0, None))
-        areas = np.prod(box[j][2:] - box[j][:2]) + np.prod(box[i][2:] - box[i][:2])
-        return label[i] == label[j] and both > 0 and both / (areas - both) > iou
-
-    kept = []
-    for i in sorted(range(len(score)), key=lambda i: -float(score[i])):
-        if not any(clash(i, j) for j in kept):
-            kept.append(i)
-    return kept
 
 
 @pytest.mark.parametrize("n", [0, 1, 8, 60, 150, 250])
@@ -1334,15 +1263,15 @@ def test_nms_is_the_greedy_definition(n, decimals):
 # ---- detections
 
 
-def test_detections_by_hand():
-    first, second = detections(four_anchors(), [7, 8])
+def test_detections_by_hand(four_anchors):
+    first, second = detections(four_anchors, [7, 8])
     # Anchor 2 (0.72, class 0) drops anchor 0 (0.45, class 0); anchor 1 is of class 1 (0.54).
     assert len(second) == 0
     assert first["class_id"].tolist() == [0, 1]
     np.testing.assert_allclose(first["class_confidence"], [0.8, 0.6], rtol=1e-5)  # p_cls ranks
     np.testing.assert_allclose(first["confidence"], [0.72, 0.54], rtol=1e-5)
     assert [first[0][name] for name in ("t", "x", "y", "w", "h")] == [7, 16, 20, 10, 20]
-    ranked_by_product = detections(four_anchors(), [7, 8], score="obj*cls", confidence=0.6)[0]
+    ranked_by_product = detections(four_anchors, [7, 8], score="obj*cls", confidence=0.6)[0]
     np.testing.assert_allclose(ranked_by_product["class_confidence"], [0.72], rtol=1e-5)
 
 
@@ -1365,18 +1294,6 @@ def test_run_does_not_depend_on_batches_chunks_order_or_workers(attention):
     same_boxes(turned[:3] + turned[-3:], [want[9], *want[7:9], *want[:3]])
     for none in ([], sequences[-1:]):  # without labels
         assert run(model, none, 2, 5) == ([], [])
-
-
-def test_run_carries_the_state_through_a_sequence_and_no_further():
-    model = small_detector()
-    sequence = MemorySequence("a", 20, (3, 19))
-    labelled = torch.zeros(20, 1, dtype=torch.bool)
-    labelled[[3, 19]] = True
-    with torch.inference_mode():
-        prediction, _ = model(torch.from_numpy(sequence.data[:, None]), None, labelled)
-    want = detections(prediction, sequence.timestamps_us[[3, 19]])
-    before = MemorySequence("b", 30, (2, 29))  # longer, so that it plays first
-    same_boxes(run(model, [sequence, before], 1, 4)[1][:2], want)
 
 
 def test_run_starts_T_minus_1_frames_before_the_first_label_and_leaves_the_model_as_it_was():
@@ -1454,21 +1371,17 @@ def test_prophesee_filter_in_proportion_to_the_sensor(hw):
     assert score_boxes(both, both, *hw, NAMES, "prophesee")["boxes"] == 2
 
 
-def same_scores(got, want):
-    assert {name: got[name] for name in want} == want  # to the last bit
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_score_boxes_equals_pycocotools(seed):
-    # None is found, ties of scores and boxes without area, more than COCO's 100 in a frame.
+    # to the last bit; none is found, ties of scores and boxes without area, more than COCO's 100
     labels, dets = random_frames(seed, found=(30, 30, 0, 130, 60, 130)[seed], ties=seed % 2 == 1)
     for ids in (range(4), (0, 2)):
         for agnostic in (False, True):
             got = score_boxes(labels, dets, 360, 640, NAMES, "none", agnostic, ids)
-            same_scores(got, pycocotools_scores(labels, dets, ids, agnostic))
+            assert pycocotools_scores(labels, dets, ids, agnostic).items() <= got.items()
     rows = score_boxes(labels, dets, 360, 640, NAMES)["classes"]
     for i, name in enumerate(NAMES):
-        same_scores(rows[name], pycocotools_scores(labels, dets, [i], False))
+        assert pycocotools_scores(labels, dets, [i], False).items() <= rows[name].items()
         assert rows[name]["boxes"] == sum((boxes["class_id"] == i).sum() for boxes in labels)
         assert rows[name]["frames"] == sum(len(boxes) > 0 for boxes in labels)
 
@@ -1487,16 +1400,6 @@ def test_score_boxes_equals_rvt_and_its_fork_on_the_reference():
                 for theirs, ours in (("AR_max_det=", "AR"), ("AP_5", "AP5"), ("AP_7", "AP7")):
                     key = key.replace(theirs, ours)
                 assert abs(scores[key] - value) < 1e-9
-
-
-def test_score_boxes_without_detections_is_zero():
-    truth = some_boxes(0, [(10, 10, 20, 20)])
-    missed = score_boxes([truth], [truth[:0]], 64, 64, NAMES)
-    assert missed["boxes"] == 1
-    assert type(missed["AP"]) is float  # a checkpoint holds the best, and loads no numpy scalar
-    assert missed["AP"] == missed["AR100"] == missed["AP_S"] == 0
-    assert missed["AP_M"] == missed["AP_T"] == -1
-    assert missed["classes"]["car"]["AP"] == -1  # a class without labels stays out of the mean
 
 
 def test_score_boxes_without_labels_is_undefined_and_prints_nothing(capfd):
@@ -1553,6 +1456,7 @@ def test_score_boxes_counts_confusion_by_hand():
 
 def test_report_has_a_row_for_every_protocol():
     labels, dets, result = some_report()
+    json.dumps(result, allow_nan=False)
     for key, kind in detect.FILTERS.items():
         scene = labels, dets, 360, 640, NAMES, key
         mean = detect.score_boxes(*scene)
@@ -1569,13 +1473,6 @@ def test_report_has_a_row_for_every_protocol():
     assert result["rows"].pop(title)["AP"] == fork["AP"]
     assert not result["rows"]
     assert result["settings"]["boxes"] == sum(len(boxes) for boxes in labels)
-
-
-def test_report_has_no_zero_for_undefined():
-    result = some_report()[2]
-    assert result["rows"]["class mean, Prophesee filter"]["AP_T"] is None  # none is left
-    json.dumps(result, allow_nan=False)
-    assert report([], [], 64, 64, NAMES)["rows"]["class mean, all boxes"]["AP"] is None
 
 
 # ---- compare
@@ -1596,7 +1493,7 @@ def test_compare_shows_differences_and_a_metric_of_ones_own(monkeypatch, tmp_pat
     paths[0].write_text(json.dumps(result))
     row["AP"] += 0.015
     paths[1].write_text(json.dumps(result))
-    lines = compare(paths).splitlines()
+    lines = evaluation.compare(paths).splitlines()
     assert "   twice  " in lines[0]
     assert lines[2].endswith(f"class mean, all boxes | {paths[1]}")
     assert lines[2].split()[2] == f"{row['AP']:.4f}"
@@ -1606,11 +1503,10 @@ def test_compare_shows_differences_and_a_metric_of_ones_own(monkeypatch, tmp_pat
 # ---- main
 
 
-def test_main_needs_the_checkpoint_alone_and_keeps_the_report_of_each_split(tmp_path, capsys):
-    trained = write_trained(tmp_path)
+def test_main_needs_the_checkpoint_alone_and_keeps_the_report_of_each_split(ckpt, tmp_path, capsys):
     write_prepared(tmp_path / "data", split="val", hw=(48, 96))
     for words in ([], ["--split=val"]):
-        evaluation.main([f"--ckpt={trained}", "--device=cpu", *words])
+        evaluation.main([f"--ckpt={ckpt}", "--device=cpu", *words])
     folder = tmp_path / "run" / "eval"
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["ckpt_test.json", "ckpt_test.png", "ckpt_val.json", "ckpt_val.png"]
@@ -1646,15 +1542,15 @@ def test_draw_shows_polarities_boxes_and_labels():
     events = np.zeros((20, 48, 480), np.uint8)
     events[[0, 15], 40, [5, 6]] = 9
     found = some_boxes(0, [(200, 20, 30, 15)], 1, 0.5)
-    image = np.asarray(draw(events, found, NAMES, some_boxes(0, [(300, 20, 30, 15)])))
+    image = np.asarray(pictures.draw(events, found, NAMES, some_boxes(0, [(300, 20, 30, 15)])))
     assert image[40, 5:7].tolist() == [list(colour) for colour in pictures.EVENTS]
     assert (image[20, 310] == 255).all()  # a label, white
     assert image[35, 210].max() > image[35, 210].min()  # a detection, coloured
 
 
 def test_draw_enlarges_small_frames_by_a_whole_number():
-    assert draw(np.zeros((20, 32, 100), np.uint8), (), NAMES).size == (500, 160)
-    assert draw(np.zeros((20, 360, 640), np.uint8), (), NAMES).size == (640, 360)
+    assert pictures.draw(np.zeros((20, 32, 100), np.uint8), (), NAMES).size == (500, 160)
+    assert pictures.draw(np.zeros((20, 360, 640), np.uint8), (), NAMES).size == (640, 360)
 
 
 def test_draw_curves_of_every_column_and_of_fields_that_are_empty(tmp_path):
@@ -1667,7 +1563,7 @@ def test_draw_curves_of_every_column_and_of_fields_that_are_empty(tmp_path):
 def test_pictures_of_frames_with_detections(tmp_path):
     sequence = MemorySequence("a", 4, (0, 2, 3))  # fewer frames than places
     boxes = sequence.boxes
-    result = report(boxes, boxes, 64, 64, NAMES)
+    result = evaluation.report(boxes, boxes, 64, 64, NAMES)
     pictures.pictures(tmp_path / "report.png", result, np.eye(5), [sequence], boxes, boxes)
     assert min(size_of(tmp_path / "report.png")) > 1000
 
@@ -1747,14 +1643,11 @@ def test_read_h5_takes_sizes_from_scalars_and_attributes_and_adds_dsecs_offset(t
     assert next(recording.chunks())[0][0] >= 10**12
 
 
-def test_read_h5_reads_metavisions_table_while_another_process_locks_it(tmp_path, monkeypatch):
+def test_read_h5_reads_metavisions_table(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 1000)
     columns = some_events(2500, 10**6)
     write_table(tmp_path / "a.hdf5", *columns, chunks=(400,))
-    with open(tmp_path / "a.hdf5", "rb") as holder:
-        fcntl.flock(holder, fcntl.LOCK_EX)
-        got = read_events(Recording(tmp_path / "a.hdf5", 48, 64))
-    np.testing.assert_array_equal(got, columns)
+    np.testing.assert_array_equal(read_events(Recording(tmp_path / "a.hdf5", 48, 64)), columns)
 
 
 def test_read_dat_gives_the_events_as_they_were_written(tmp_path, monkeypatch):
@@ -1908,11 +1801,11 @@ def test_prepared_data_equal_rvts_to_the_bit(dataset, tmp_path):
     for sequence in ("train/a", "val/b"):
         assert same_tree(load(reference / "out" / sequence), load(tmp_path / sequence))
         path = next((reference / "out" / sequence).rglob("*.h5"))
-        ours_path = tmp_path / sequence / HISTOGRAMS / path.name
+        ours_path = tmp_path / sequence / data.REPRESENTATION / path.name
         with h5py.File(path) as theirs, h5py.File(ours_path) as ours:
             a, b = theirs["data"], ours["data"]
             assert a.chunks == b.chunks and a.maxshape == b.maxshape
-            filters = [data.id.get_create_plist().get_filter(0) for data in (a, b)]
+            filters = [x.id.get_create_plist().get_filter(0) for x in (a, b)]
             assert filters[0] == filters[1]
 
 
@@ -1922,8 +1815,8 @@ def test_write_sequence_gives_every_window_its_histogram(downsample, tmp_path):
     raw_set(tmp_path / "raw", some_labels([100_000, 200_000, 300_000]), events)
     prepare.prepare(tmp_path / "raw", tmp_path / "out", downsample=downsample)
     got = load(tmp_path / "out/train/a")
-    data = got[formats.FILES["full" if downsample == "none" else "half"]]
-    for frame, end in zip(data, got["stacke/timestamps_us.npy"], strict=True):
+    frames = got[data.FILES["full" if downsample == "none" else "half"]]
+    for frame, end in zip(frames, got["stacke/timestamps_us.npy"], strict=True):
         inside = (events[0] >= end - 50_000) & (events[0] <= end)
         window = [column[inside] for column in events]
         np.testing.assert_array_equal(frame, slow_histogram(*window, 48, 64, downsample))
@@ -1989,8 +1882,8 @@ def test_simulate_keeps_to_the_frame_in_time_and_space(small_traffic, name):
     assert (np.unique(boxes["t"]) % 33_333 < 30).all()  # 30 Hz
 
 
-def test_render_covers_pixels_by_their_share():
-    scene, car, _ = two_cars()
+def test_render_covers_pixels_by_their_share(two_cars):
+    scene, car, _ = two_cars
     car.picture[:] = 1  # log intensity, and cover
     car.box_xyxy[:] = (10.25, 20, 26, 27.5)
     image, owner = simulate.render(scene, [car], 0)
@@ -2000,8 +1893,8 @@ def test_render_covers_pixels_by_their_share():
     assert (owner[20:27, 10:26] == 0).all()
 
 
-def test_labels_at_leaves_out_hidden_unmoved_and_tiny_things():
-    scene, wall, car = two_cars()
+def test_labels_at_leaves_out_hidden_unmoved_and_tiny_things(two_cars):
+    scene, wall, car = two_cars
     wall.picture[1] = 1
     wall.moved[:] = 0
     wall.box_xyxy[:] = (40, 10, 60, 30)
@@ -2040,8 +1933,8 @@ def test_sensor_is_dead_for_a_while_after_an_event():
     assert len(times) > 10 and np.diff(times).min() >= simulate.REFRACTORY_US
 
 
-def test_sensor_sees_nothing_of_what_stands_still():
-    scene, car, _ = two_cars()
+def test_sensor_sees_nothing_of_what_stands_still(two_cars):
+    scene, car, _ = two_cars
     car.box_xyxy += 0.5 * np.arange(120).clip(0, 59)[:, None] * (1, 0, 1, 0)
     sensor = sensor_before(simulate.render(scene, [car], 0)[0])
     counts = []
@@ -2112,19 +2005,15 @@ def test_demo_reads_a_sensor_of_twice_the_size_at_half_resolution_and_others_as_
 # ==== bench.py
 
 
-def test_bench_memory_main_ends_with_json_and_kept_gib_shrinks_by_recomputation(capsys):
-    argv = ["--input_hw=48,64", "--embed_dim=16", "--dim_head=8", "--batch_sizes=1,2"]
-    bench_memory.main([*argv, "--device=cpu"])
+def test_bench_memory_main_ends_with_json(capsys):
+    argv = ["--input_hw=48,64", "--embed_dim=16", "--dim_head=8", "--device=cpu"]
+    bench_memory.main([*argv, "--batch_sizes=1,2"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     one, two = result["rows"]
     assert (one["batch"], two["batch"]) == (1, 2)
     assert one["peak_gib"] > 0 and one["step_s"] > 0
     assert two["kept_gib"] == pytest.approx(2 * one["kept_gib"], rel=0.1)
     assert one["parts"]["stages"] > one["parts"]["heads"] > 0
-    bench_memory.main([*argv[:3], "--batch_sizes=1", "--checkpointing", "--device=cpu"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["rows"][0]["kept_gib"] < 0.8 * one["kept_gib"]
-    assert result["largest_batch"] == "n/a"  # of one row
 
 
 def test_largest_batch_lies_on_the_line_through_the_peaks():
@@ -2144,8 +2033,7 @@ def test_intervals_span_what_differs_between_the_seeds():
 
 
 def test_ablation_main_writes_table_and_picture_and_trains_nothing_twice(
-    traffic, tmp_path, monkeypatch
-):
+        traffic, tmp_path, monkeypatch):
     arms = {"baseline_3scale": [*TINY], "4scale": [*TINY, "--fpn_stages=1,2,3,4"]}
     monkeypatch.setattr(ablation, "ARMS", arms)
     monkeypatch.setattr(ablation, "COSTLY", 1.2)

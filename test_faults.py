@@ -56,7 +56,6 @@ from conftest import (
     assert_same,
     assert_same_run,
     checkpoint_of,
-    four_anchors,
     load,
     make_boxes,
     make_set,
@@ -86,7 +85,6 @@ from conftest import (
     write_recording,
     write_sequence,
     write_table,
-    write_trained,
 )
 from data import FILES, REPRESENTATION, Augmentation, augment, make_loader, open_split
 from detect import StreamDetector, detections, nms, run, score_boxes
@@ -867,6 +865,27 @@ def test_train_refuses_an_out_dir_that_holds_a_checkpoint(traffic, tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
+def test_resume_takes_changed_options_and_a_moved_folder(traffic, tmp_path):
+    trained(traffic, f"{tmp_path}/a/", "--max_steps=1")
+    (tmp_path / "a").rename(tmp_path / "b")
+    options = ["--init_from=resume", "--max_steps=2", "--weight_decay=0.5"]
+    assert run_train(f"--out_dir={tmp_path}/b", *options) == 0
+    checkpoint = checkpoint_of(tmp_path / "b")
+    assert checkpoint["step"] == 2
+    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert "init_from = 'scratch'" in (tmp_path / "b/config.py").read_text()
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("option", ["--sequence_length=2", "--batch_size=1", "--seed=3"])
+def test_resume_with_other_streams_starts_their_states_at_zero(
+        option, traffic, tmp_path, monkeypatch, capsys):
+    checkpoint = trained(traffic, tmp_path, "--max_steps=1")
+    assert any(x.any() for x in checkpoint["states"][0][0])
+    assert run_train(f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=1", option) == 0
+    assert "their states start at 0" in capsys.readouterr().out
+
+
 def test_resume_of_weights_without_a_training_state_is_refused(traffic, tmp_path):
     assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1") == 0
     checkpoint = checkpoint_of(tmp_path)
@@ -949,9 +968,9 @@ def test_stream_detector_refuses_a_frame_of_another_size_and_goes_on():
     assert detector(frame)["t"][0] == 50_000  # the clock did not move meanwhile
 
 
-def test_detections_and_score_boxes_refuse_an_unknown_score_or_filter():
+def test_detections_and_score_boxes_refuse_an_unknown_score_or_filter(four_anchors):
     with pytest.raises(ValueError, match="expected cls or obj"):
-        detections(four_anchors(), [7, 8], score="obj")
+        detections(four_anchors, [7, 8], score="obj")
     with pytest.raises(ValueError, match="box_filter='psee': expected none or prophesee"):
         score_boxes([], [], 64, 64, NAMES, "psee")
 
@@ -980,31 +999,28 @@ def test_compare_without_reports_says_how():
         evaluation.main(["--compare"])
 
 
-def test_main_finds_a_folder_that_cannot_be_written_before_it_evaluates(tmp_path, monkeypatch):
-    trained = write_trained(tmp_path)
+def test_main_finds_a_folder_that_cannot_be_written_before_it_evaluates(ckpt, monkeypatch):
     monkeypatch.setattr(evaluation, "run", None)
     with pytest.raises(ValueError, match="no report can be written to .*ckpt.pt.eval; choose"):
-        evaluation.main([f"--ckpt={trained}", f"--out_dir={trained}"])
+        evaluation.main([f"--ckpt={ckpt}", f"--out_dir={ckpt}"])
 
 
-def test_main_refuses_other_classes(tmp_path):
-    trained = write_trained(tmp_path)
+def test_main_refuses_other_classes(ckpt, tmp_path):
     other = write_prepared(tmp_path / "three", classes=NAMES[:3])
     with pytest.raises(ValueError, match="3 class_names, num_classes=4"):
-        evaluation.main([f"--ckpt={trained}", f"--data_dir={other}"])
+        evaluation.main([f"--ckpt={ckpt}", f"--data_dir={other}"])
     turned = write_prepared(tmp_path / "turned", classes=NAMES[::-1])
     with pytest.raises(ValueError, match="ckpt.pt is for 4 classes"):
-        evaluation.main([f"--ckpt={trained}", f"--data_dir={turned}"])
+        evaluation.main([f"--ckpt={ckpt}", f"--data_dir={turned}"])
 
 
-def test_main_names_what_is_wrong(tmp_path):
-    trained = write_trained(tmp_path)
+def test_main_names_what_is_wrong(ckpt):
     words = {"--score=objectness": "score", "--dtype=int8": "dtype", "--split=val": "val"}
     words |= {"--spilt=val": "did you mean split", "--confidence=-1": "confidence"}
     words |= {"--ckpt=nowhere.pt": "nowhere.pt: no such", f"--ckpt={__file__}": "not a checkpoint"}
     for word, message in words.items():
         with pytest.raises(ValueError, match=message):
-            evaluation.main([f"--ckpt={trained}", word])
+            evaluation.main([f"--ckpt={ckpt}", word])
 
 
 # ==== pictures.py
@@ -1277,6 +1293,16 @@ def test_read_h5_names_how_to_tell_a_size_that_is_missing(tmp_path):
     path = write_h5(tmp_path / "b.hdf5", *some_events(100, 50_000), size=None, group="CD/events")
     with pytest.raises(ValueError, match="b.hdf5: the sensor's size.*--height"):
         Recording(path)
+
+
+def test_read_h5_takes_no_lock_on_the_file(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    columns = some_events(2500, 10**6)
+    write_table(tmp_path / "a.hdf5", *columns)
+    with open(tmp_path / "a.hdf5", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        got = read_events(Recording(tmp_path / "a.hdf5", 48, 64))
+    np.testing.assert_array_equal(got, columns)
 
 
 def test_read_faery_names_the_package_where_it_is_missing(tmp_path, monkeypatch):
