@@ -1,9 +1,15 @@
 """Fixtures and helpers that the tests share."""
 
+import copy
 import dataclasses
 import json
+import math
 import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import hdf5plugin
@@ -11,14 +17,21 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import data
+import demo
 import prepare
 import simulate
 import train
+from checkpoint import load_rvt
 from data import TrainData, open_split
+from detect import SIZES
 from eval import report
 from formats import BOX_DTYPE
+from loss import detection_loss
 from model import Detector, ModelConfig, Prediction
 from prepare import Recording
 
@@ -109,6 +122,16 @@ TINY = (
 )
 
 
+def checkpoint_of(folder, name="ckpt.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def trained(data_dir, out_dir, *options):
+    """Checkpoint that train.py writes in a tiny run."""
+    assert run_train(*TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *options) == 0
+    return checkpoint_of(out_dir)
+
+
 BLOSC = hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE)
 
 
@@ -195,9 +218,6 @@ def toy_set(tmp_path_factory):
         [[1, 3, 5, 6, 20, 22, 29], [9, 10, 11, 12, 13, 26], [15]],
     )
     return open_split(root, "train")
-
-
-HISTOGRAMS = "event_representations_v2/stacked_histogram_dt=50_nbins=10"
 
 
 def write_h5(path, t, x, y, p, size=(48, 64), group="events"):
@@ -340,10 +360,8 @@ def write_prepared(
     """A prepared data set on disk, full resolution, with a dataset.json."""
     for name in names:
         sequence = MemorySequence(name, length, labelled, hw, len(classes))
-        events, labels = (
-            folder / split / name / part
-            for part in ("event_representations_v2/stacked_histogram_dt=50_nbins=10", "labels_v2")
-        )
+        events = folder / split / name / data.REPRESENTATION
+        labels = folder / split / name / "labels_v2"
         events.mkdir(parents=True)
         labels.mkdir()
         with h5py.File(events / "event_representations.h5", "w") as file:
@@ -395,10 +413,6 @@ class Hostile:
         return os.system, ("touch hostile_code_ran",)
 
 
-def checkpoint_of(folder, name="ckpt.pt"):
-    return torch.load(Path(folder) / name, weights_only=True)
-
-
 def assert_same(a, b, where="checkpoint"):
     """Equal to the bit, NaN included."""
     assert type(a) is type(b), where
@@ -428,6 +442,7 @@ def assert_same_run(a, b):
     assert_same(a, b)
 
 
+@pytest.fixture
 def four_anchors():
     """Two frames: anchor 2 overlaps anchors 0 and 1, anchor 3 is weak; all are in the second."""
     box = torch.tensor([[20, 30, 10, 20.0], [21, 30, 10, 20], [21, 30, 10, 20], [50, 50, 4, 4]])
@@ -446,13 +461,14 @@ def some_report():
     return labels, dets, report(labels, dets, 360, 640, NAMES, score="cls", **settings)
 
 
-def write_trained(folder):
-    """A checkpoint for the four classes of the prepared set in folder/data."""
-    data = write_prepared(folder / "data", hw=(48, 96))  # not what it was trained on
+@pytest.fixture
+def ckpt(tmp_path):
+    """A checkpoint for the four classes of the prepared set in tmp_path/data."""
+    data = write_prepared(tmp_path / "data", hw=(48, 96))  # not what it was trained on
     config = {"data_dir": str(data), "class_names": NAMES, "num_classes": 4, "sequence_length": 3}
     config |= {"eval_batch_size": 2, "num_workers": 0}
-    (folder / "run").mkdir()
-    return write_checkpoint(folder / "run" / "ckpt.pt", small_detector(), **config)
+    (tmp_path / "run").mkdir()
+    return write_checkpoint(tmp_path / "run" / "ckpt.pt", small_detector(), **config)
 
 
 KEYS = dict(out_dir="out", learning_rate=1e-4, batch_size=6, fpn_stages=(2, 3, 4), compile=True,
@@ -489,10 +505,294 @@ def write_table(path, *columns, **options):
         file.create_dataset("CD/events", data=table, **options)
 
 
+def write_dat(path, t, x, y, p, size=(48, 64)):
+    """A recording in Prophesee's DAT."""
+    header = f"% Data file containing CD events.\n% Version 2\n% Height {size[0]}\n"
+    header += f"% Width {size[1]}\n"
+    records = np.stack((t, x | y << 14 | p << 28), 1).astype("<u4")
+    path.write_bytes(header.encode() + b"\x00\x08" + records.tobytes())
+    return path
+
+
+def read_events(recording):
+    """All events of a Recording: t, x, y, p."""
+    return [np.concatenate(column) for column in zip(*recording.chunks())]
+
+
 def read_times(path, t):
     """(Recording that was read, times) of a recording with events at t us."""
     recording = Recording(write_h5(path, t, t % 64, t % 48, t % 2))
-    return recording, np.concatenate([chunk[0] for chunk in recording.chunks()])
+    return recording, read_events(recording)[0]
 
 
 GRID_US = np.arange(100_000, 1_900_000, 100_000)
+
+
+def rvt_checkpoint(folder):
+    """What RVT computed on a few frames, and the path of a checkpoint with the weights it had."""
+    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)
+    torch.save(reference["checkpoint"], folder / "rvt.ckpt")
+    return reference, folder / "rvt.ckpt"
+
+
+def rvt_detector(folder, **overrides):
+    """What RVT computed on a few frames, and a detector with RVT's weights."""
+    reference, path = rvt_checkpoint(folder)
+    return reference, load_rvt(path, input_hw=(128, 160), partition_split=1, **overrides)
+
+
+def iou_by_definition(a, b):
+    width = min(a[0] + a[2] / 2, b[0] + b[2] / 2) - max(a[0] - a[2] / 2, b[0] - b[2] / 2)
+    height = min(a[1] + a[3] / 2, b[1] + b[3] / 2) - max(a[1] - a[3] / 2, b[1] - b[3] / 2)
+    overlap = max(width, 0) * max(height, 0)
+    return overlap / (a[2] * a[3] + b[2] * b[3] - overlap)
+
+
+def simota_by_definition(prediction, targets, n):
+    """One box and anchor after the other: {anchor: (box, IoU)} of frame n."""
+    boxes = [row for row in targets[n].tolist() if row[3] > 0]
+    near, iou, cost, claims, matched = {}, {}, {}, {}, {}
+    for a, (x, y, stride) in enumerate(prediction.grid.tolist()):
+        for m, (_, cx, cy, _, _) in enumerate(boxes):
+            if max(abs((x + 0.5) * stride - cx), abs((y + 0.5) * stride - cy)) < 1.5 * stride:
+                near.setdefault(a, set()).add(m)
+    for a in near:
+        p = (prediction.obj[n, a].sigmoid() * prediction.cls[n, a].sigmoid()).sqrt().tolist()
+        predicted = prediction.box_cxcywh[n, a].tolist()
+        for m, (label, *box) in enumerate(boxes):
+            iou[m, a] = iou_by_definition(box, predicted)
+            entropy = -sum(math.log(q if k == label else 1 - q) for k, q in enumerate(p))
+            cost[m, a] = entropy - 3 * math.log(iou[m, a] + 1e-8) + 1e6 * (m not in near[a])
+    for m in range(len(boxes)):
+        best = sorted((iou[m, a] for a in near), reverse=True)[:10]
+        for a in sorted(near, key=lambda a: cost[m, a])[: max(1, int(sum(best)))]:
+            claims.setdefault(a, []).append(m)
+    for a, claimants in claims.items():
+        m = claimants[0]
+        if len(claimants) > 1:
+            m = min(range(len(boxes)), key=lambda m: cost[m, a])
+        matched[a] = (m, iou[m, a])
+    return matched
+
+
+def terms_by_definition(prediction, targets, weight, class_loss):
+    """iou, obj and cls, with the matched anchors taken one by one; weight(area)."""
+    iou, cls, is_object = 0.0, 0.0, torch.zeros_like(prediction.obj)
+    for n in range(len(targets)):
+        for a, (m, overlap) in simota_by_definition(prediction, targets, n).items():
+            label, _, _, w, h = targets[n, m].tolist()
+            onehot = F.one_hot(torch.tensor(int(label)), 3).float()
+            iou += 5 * weight(w * h) * (1 - overlap**2)
+            terms = class_loss(prediction.cls[n, a], onehot, overlap)
+            cls += weight(w * h) * terms.sum().item()
+            is_object[n, a] = 1
+    obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum").item()
+    matched = is_object.sum().item()
+    terms = {"iou": iou, "obj": obj, "cls": cls, "loss": iou + obj + cls, "num_fg": matched**2 / 3}
+    return {key: pytest.approx(x / matched, rel=1e-5) for key, x in terms.items()}
+
+
+def random_scene(targets, strides, seed):
+    """Prediction on frames of 64x96 px, and the targets (N, M, 5) with random boxes for NaN."""
+    g = torch.Generator().manual_seed(seed)
+    targets = torch.as_tensor(targets, dtype=torch.float)
+    random = torch.rand(targets.shape, generator=g) * torch.tensor([2.99, 96, 64, 40, 40])
+    random = torch.cat((random[..., :1].floor(), random[..., 1:3], random[..., 3:] + 4), -1)
+    cells = [(x, y, s) for s in strides for y in range(64 // s) for x in range(96 // s)]
+    grid = torch.tensor(cells, dtype=torch.float)
+    N, A = len(targets), len(grid)
+    centre = (grid[:, :2] + 0.5) * grid[:, 2:] + 4 * torch.randn(N, A, 2, generator=g)
+    size = grid[:, 2:] * (0.75 + 1.5 * torch.rand(N, A, 2, generator=g))
+    obj, *cls = torch.randn(4, N, A, generator=g)
+    prediction = Prediction(torch.cat((centre, size), -1), obj, torch.stack(cls, -1), grid)
+    return prediction, torch.where(targets.isnan(), random, targets)
+
+
+def greedy(box, score, label, iou):
+    """Non-maximum suppression by its definition, box by box."""
+
+    def clash(i, j):
+        low = np.maximum(box[i][:2], box[j][:2])
+        high = np.minimum(box[i][2:], box[j][2:])
+        both = np.prod(np.clip(high - low, 0, None))
+        areas = np.prod(box[j][2:] - box[j][:2]) + np.prod(box[i][2:] - box[i][:2])
+        return label[i] == label[j] and both > 0 and both / (areas - both) > iou
+
+    kept = []
+    for i in sorted(range(len(score)), key=lambda i: -float(score[i])):
+        if not any(clash(i, j) for j in kept):
+            kept.append(i)
+    return kept
+
+
+def box_as_rvt(label, hw, half):
+    """(x, y, w, h) of one label in float32, step by step as RVT clips and halves it."""
+    one = np.float32
+    lows = []
+    lengths = []
+    for start, extent, side in (("x", "w", hw[1]), ("y", "h", hw[0])):
+        low = min(max(label[start], one(0)), one(side - 1))
+        length = min(max(label[start] + label[extent], one(0)), one(side - 1)) - low
+        if half:
+            high = min((low + length) * one(0.5), one(side / 2 - 1))
+            low = low * one(0.5)
+            length = high - low
+        lows.append(low)
+        lengths.append(length)
+    return (*lows, *lengths)
+
+
+def train_on(batch):
+    """The loss of a tiny detector on a batch, and whether a step then changed its weights."""
+    model = tiny_detector(input_hw=tuple(batch.events.shape[-2:])).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = model.heads[0].obj_pred.bias.clone()
+    events = data.augment(batch.events, batch.rows, batch.cols)
+    loss = detection_loss(model(events, None, batch.frames)[0], batch.targets)["loss"]
+    loss.backward()
+    optimizer.step()
+    return loss.item(), not torch.equal(before, model.heads[0].obj_pred.bias)
+
+
+def torchrun(*argv, start=subprocess.run, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               "--master_port=29567", *argv]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return start(command, text=True, cwd=ROOT, env=env, **options)
+
+
+def some_sequences(count=5):
+    streams = [("c", 12, (1, 4, 9)), ("a", 20, (0, 3, 8, 19)), ("b", 7, (1, 6)), ("d", 9, (0,))]
+    streams.append(("e", 5, ()))  # name, length, labelled frames
+    return [MemorySequence(*stream) for stream in streams[:count]]
+
+
+def as_coco(frames, kept, ids):
+    """COCO object of the boxes of the classes `ids` in the frames `kept`."""
+    coco = COCO()
+    entries = []
+    for k in kept:
+        for box in frames[k][np.isin(frames[k]["class_id"], ids)]:
+            entry = {"id": len(entries) + 1, "image_id": k, "iscrowd": 0}
+            entry |= {"category_id": int(box["class_id"]), "area": float(box["w"] * box["h"])}
+            entry["bbox"] = [float(box[name]) for name in "xywh"]
+            entry["score"] = float(box["class_confidence"])
+            entries.append(entry)
+    images = [{"id": k} for k in kept]
+    categories = [{"id": i} for i in ids]
+    coco.dataset = {"images": images, "categories": categories, "annotations": entries}
+    coco.createIndex()
+    return coco
+
+
+def pycocotools_scores(labels, dets, ids, agnostic):
+    """The scores by pycocotools' own classes, as RVT calls them: the independent oracle."""
+    kept = [k for k, boxes in enumerate(labels) if len(boxes)]
+    with redirect_stdout(None):
+        coco = COCOeval(as_coco(labels, kept, ids), as_coco(dets, kept, ids), "bbox")
+        coco.params.useCats = int(not agnostic)
+        coco.params.areaRng = [(0, 1e10), *SIZES.values()]
+        coco.params.areaRngLbl = ["all", *SIZES]
+        coco.evaluate()
+        coco.accumulate()
+
+    def mean(values):
+        return values[values > -1].mean() if (values > -1).any() else -1
+
+    p, r = coco.eval["precision"], coco.eval["recall"]
+    scores = {"AP50": mean(p[0, ..., 0, 2]), "AP75": mean(p[5, ..., 0, 2])}
+    scores |= {"AR1": mean(r[..., 0, 0]), "AR10": mean(r[..., 0, 1])}
+    for k, size in enumerate(("", "_T", "_S", "_M", "_L")):
+        scores["AP" + size] = mean(p[..., k, 2])
+        scores["AR" + (size or "100")] = mean(r[..., k, 2])
+    return scores
+
+
+def slow_histogram(t, x, y, p, height, width, downsample):
+    """The definition, event by event."""
+    full = np.zeros((20, height, width), np.int64)
+    for when, col, row, on in zip(t, x, y, p):
+        where = np.float32(when - t[0]) / np.float32(max(t[-1] - t[0], 1)) * np.float32(10)
+        full[(10 if on > 0 else 0) + min(int(np.floor(where)), 9), row, col] += 1
+    H, W = height // 2, width // 2
+    if downsample == "nearest":
+        full = full[:, 1:2 * H:2, 1:2 * W:2]
+    if downsample == "sum":
+        full = full[:, :2 * H, :2 * W].reshape(20, H, 2, W, 2).sum((2, 4))
+    return np.minimum(full, 10).astype(np.uint8)
+
+
+def rvts_rule(times, base):
+    """Labelled frames and numbers of base steps between them as RVT's script chooses them."""
+    frames, steps = [times[times >= 100_000][0]], []
+    for time_us in times[times > frames[0]]:
+        count = round((time_us - frames[-1]) / base)
+        if abs(time_us - frames[-1] - count * base) <= 2000:
+            frames.append(time_us)
+            steps.append(count)
+    return frames, steps
+
+
+SMALL_SCENE = dict(train=1, val=2, test=0, seconds=1.0, height=48, width=64, sizes=(2.0, 8.0),
+                   users=8.0)
+
+
+SMALL_NAMES = ("train/train_0000", "val/val_0000", "val/val_0001")
+
+
+@pytest.fixture(scope="module")
+def small_traffic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small_traffic")
+    simulate.simulate(folder, 0, **SMALL_SCENE)
+    return folder
+
+
+def raw_recording(folder, name):
+    """Events (t, x, y, p) and boxes of a raw recording."""
+    events = read_events(Recording(folder / f"{name}_td.h5"))
+    return *events, np.load(folder / f"{name}_bbox.npy")
+
+
+@pytest.fixture
+def two_cars():
+    """A plain scene of 48 x 64 px and two cars in one place, the first before the second."""
+    ground = np.zeros((48, 64), np.float32)
+    scene = SimpleNamespace(ground=ground, sizes=(3, 8), horizon=8, camera=4, road=0, night=False)
+    cars = [simulate.make_thing(np.random.default_rng(1), 1, scene, 120) for _ in range(2)]
+    for distance, car in enumerate(cars, 1):
+        car.depth[:] = distance
+        car.box_xyxy[:] = (10, 20, 26, 28)
+        car.moved[:] = 100
+    return scene, *cars
+
+
+def sensor_before(image):
+    sensor = simulate.Sensor(np.random.default_rng(0), np.float32(image), 1)
+    sensor.threshold[:] = 0.2
+    return sensor
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path / "ckpt.pt", small_detector(), class_names=NAMES)
+
+
+def run_demo(checkpoint, recording, out, *options):
+    paths = (f"--ckpt={checkpoint}", f"--recording={recording}", f"--out={out}")
+    demo.main([*paths, "--confidence=0.01", "--device=cpu", *options])
+
+
+def train_one_step(detector):
+    """Train a step on random frames; the next state. All of backbone and pyramid must learn."""
+    parts = torch.nn.ModuleList([detector.stages, detector.fpn])
+    before = copy.deepcopy(parts.state_dict())
+    optimizer = torch.optim.SGD(detector.train().parameters(), lr=0.1)
+    prediction, state = detector(random_events(3, 2, 20, 48, 64))
+    detection_loss(prediction, TWO_BOXES.repeat(6, 1, 1))["loss"].backward()
+    optimizer.step()
+    for name, p in parts.named_parameters():
+        assert p.isfinite().all() and not torch.equal(p, before[name]), name
+    return state
+
+
+TWO_BOXES = torch.tensor([[[1.0, 30, 20, 16, 16], [2.0, 10, 30, 6, 8]]])

@@ -7,31 +7,18 @@ where it is absent.
 """
 
 import copy
-import fcntl
 import json
 import math
-import os
 import pickle
-import re
-import signal
-import subprocess
-import sys
-import threading
-import time
-from contextlib import redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
-import hdf5plugin
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 import ablation
 import bench_memory
@@ -40,79 +27,79 @@ import data
 import demo
 import detect
 import eval as evaluation
-import formats
 import loss
 import model
 import pictures
 import prepare
 import simulate
 import train
-from checkpoint import (
-    load_detector,
-    load_rvt,
-    load_weights,
-    our_name,
-    read_checkpoint,
-    read_weights,
-)
+from checkpoint import load_detector, load_weights, our_name
 from conftest import (
-    BLOSC,
     BOX,
     CONFIGS,
     GRID_US,
-    HISTOGRAMS,
     KEYS,
     NAMES,
     ROOT,
+    SMALL_NAMES,
+    SMALL_SCENE,
     TINY,
-    Hostile,
+    TWO_BOXES,
     MemorySequence,
+    assert_same,
     assert_same_run,
+    box_as_rvt,
     checkpoint_of,
-    four_anchors,
+    greedy,
     load,
     make_boxes,
     make_set,
     plan,
+    pycocotools_scores,
     random_events,
     random_frames,
+    random_scene,
+    raw_recording,
     raw_set,
-    read_times,
+    read_events,
+    run_demo,
     run_train,
+    rvt_checkpoint,
+    rvt_detector,
+    rvts_rule,
     same_batch,
     same_boxes,
     same_tree,
+    sensor_before,
     shared,
     shown,
+    simota_by_definition,
+    slow_histogram,
     small_detector,
     some_boxes,
     some_events,
     some_labels,
     some_report,
+    some_sequences,
+    terms_by_definition,
     tiny_detector,
+    torchrun,
+    train_on,
+    train_one_step,
+    trained,
     write_checkpoint,
+    write_dat,
     write_h5,
     write_prepared,
     write_recording,
     write_sequence,
     write_table,
-    write_trained,
 )
 from data import Augmentation, TrainData, View, augment, index_map, move_boxes, open_split
-from detect import (
-    SIZES,
-    StreamDetector,
-    detections,
-    nms,
-    prophesee_filter,
-    run,
-    score_boxes,
-)
-from eval import compare, report
+from detect import StreamDetector, detections, nms, prophesee_filter, run, score_boxes
 from formats import BOX_DTYPE, histogram
 from loss import Assignment, SizeAware, box_iou, detection_loss, focal_loss, size_weights
 from model import Detector, ModelConfig, Prediction, reset_state
-from pictures import draw
 from prepare import Recording, filter_boxes, label_frames, read_labels, window_ends, windows
 
 # ==== model.py
@@ -122,24 +109,6 @@ MODEL_VARIANTS = [
     dict(), dict(patch_size=3, fpn_stages=(1, 2, 3, 4)), dict(patch_size=2, fpn_stages=(1, 2)),
     dict(small_object_attention=True), dict(small_object_attention=True, attention_spatial=False),
     dict(small_object_attention=True, attention_temporal=False)]
-TWO_BOXES = torch.tensor([[[1.0, 30, 20, 16, 16], [2.0, 10, 30, 6, 8]]])
-
-
-def rvt_detector(tmp_path, **overrides):
-    """What RVT computed on a few frames, and a detector with RVT's weights."""
-    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)
-    path = tmp_path / "rvt.ckpt"
-    torch.save(reference["checkpoint"], path)
-    return reference, load_rvt(path, input_hw=(128, 160), partition_split=1, **overrides)
-
-
-@pytest.mark.parametrize("key, value", [
-    ("fpn_stages", (2, 4)), ("fpn_stages", (3, 2)), ("fpn_stages", (4,)), ("patch_size", 5),
-    ("embed_dim", 20), ("embed_dim", 0), ("dim_head", 24), ("dim_head", 0),
-    ("partition_split", -1), ("partition_split", 100)])
-def test_model_config_names_what_cannot_work(key, value):
-    with pytest.raises(ValueError, match=f"^{key}="):
-        ModelConfig(**{key: value})
 
 
 @pytest.mark.parametrize("hw, patch, padded, part, strides", [
@@ -156,29 +125,23 @@ def test_model_config_pads_and_partitions_by_rvts_rule(hw, patch, padded, part, 
 @pytest.mark.parametrize("changes", [
     dict(), dict(fpn_stages=(1, 2, 3, 4), small_object_attention=True)])
 def test_recompute_changes_memory_only(changes):
+    inputs = random_events(3, 2, 20, 48, 64), None, None, TWO_BOXES.repeat(6, 1, 1)
     runs = []
     for checkpointing in (False, True):
         detector = tiny_detector(checkpointing=checkpointing, **changes).train()
-        kept = {}
-
-        def pack(x):
-            if not isinstance(x, torch.nn.Parameter):
-                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            prediction, _ = detector(random_events(3, 2, 20, 48, 64))
-            loss = detection_loss(prediction, TWO_BOXES.repeat(6, 1, 1))["loss"]
-        loss.backward()
-        runs.append((sum(kept.values()), loss.detach(), detector))
-    (kept, loss, detector), (kept_again, loss_again, detector_again) = runs
+        forward = train.Forward(detector, SizeAware())
+        kept = sum(bench_memory.kept_gib(forward, inputs).values())
+        total = forward(*inputs)[0]["loss"]
+        total.backward()
+        runs.append((kept, total, detector))
+    (kept, total, detector), (kept_again, total_again, again) = runs
     assert kept_again < 0.5 * kept
-    torch.testing.assert_close(loss, loss_again)
-    for p, again in zip(detector.parameters(), detector_again.parameters()):
-        assert float((p.grad - again.grad).norm()) <= 1e-3 * float(p.grad.norm()) + 1e-6
-    for statistics, again in zip(detector.buffers(), detector_again.buffers()):  # moved once
-        torch.testing.assert_close(statistics, again, rtol=1e-4, atol=1e-6)
-    assert detector.state_dict().keys() == detector_again.state_dict().keys()
+    torch.testing.assert_close(total, total_again)
+    for p, q in zip(detector.parameters(), again.parameters()):
+        assert float((p.grad - q.grad).norm()) <= 1e-3 * float(p.grad.norm()) + 1e-6
+    statistics = list(detector.buffers())  # recomputed, they do not move again
+    torch.testing.assert_close(list(again.buffers()), statistics, rtol=1e-4, atol=1e-6)
+    assert detector.state_dict().keys() == again.state_dict().keys()
 
 
 def test_recompute_leaves_a_deep_copy_its_own_weights():
@@ -254,8 +217,7 @@ def test_attention_off_is_bit_identical_to_no_attention():
     plain = tiny_detector()
     off = tiny_detector(attention_spatial=False, attention_temporal=False)
     assert plain.state_dict().keys() == off.state_dict().keys()
-    for a, b in zip(plain(events)[0], off(events)[0]):
-        assert torch.equal(a, b)
+    assert_same(plain(events)[0], off(events)[0])
 
 
 @pytest.mark.parametrize("changes", MODEL_VARIANTS)
@@ -272,8 +234,7 @@ def test_reset_state_starts_a_row_from_scratch_even_from_nan(changes):
             s[1] = 0
         prediction, after = detector(events[2:], state)
         fresh, fresh_after = detector(events[2:], start)
-    for a, b in zip((*prediction, *after), (*fresh, *fresh_after)):
-        assert torch.equal(a, b)
+    assert_same((*prediction, *after), (*fresh, *fresh_after))
     assert all(float(s[1].abs().sum()) == 0 for s in state)
     assert any(float(s[0].abs().sum()) > 0 for s in state)
 
@@ -335,11 +296,6 @@ def test_detector_takes_every_patch_size_and_pyramid_at_odd_sizes(patch, stages,
     assert len(state) == 2 * stages[-1] and all(len(s) == 2 for s in state)
 
 
-def test_detector_refuses_frames_of_another_size():
-    with pytest.raises(ValueError, match="40x64.*built for .48, 64"):
-        tiny_detector()(random_events(1, 1, 20, 40, 64))
-
-
 @pytest.mark.parametrize("changes", MODEL_VARIANTS)
 def test_detector_frame_by_frame_equals_chunks(changes):
     detector = tiny_detector(**changes)
@@ -351,11 +307,9 @@ def test_detector_frame_by_frame_equals_chunks(changes):
         for chunk in (events[:1], events[1:4], events[4:]):
             prediction, state = detector(chunk, state)
             parts.append(prediction)
-    for i in range(3):
-        joined = torch.cat([part[i] for part in parts])
-        torch.testing.assert_close(joined, whole[i], rtol=1e-4, atol=1e-4)
-    for a, b in zip(state, last, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    joined = [torch.cat(fields) for fields in zip(*parts)]
+    torch.testing.assert_close(joined[:3], whole[:3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", MODEL_VARIANTS)
@@ -365,22 +319,19 @@ def test_detector_streams_do_not_see_each_other(changes):
     order = torch.tensor([2, 0, 1])
     other = events.clone()
     other[:, [0, 2]] = random_events(3, 2, 20, 48, 64, seed=1)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def by_stream(events):  # (B, ...) each
         prediction, state = detector(events)
-        permuted, permuted_state = detector(events[:, order])
-        alone, alone_state = detector(events[:, 1:2])
-        beside, beside_state = detector(other)
-    for i in range(3):
-        rows = prediction[i].unflatten(0, (3, 3))
-        permuted_rows = permuted[i].unflatten(0, (3, 3))
-        torch.testing.assert_close(permuted_rows, rows[:, order], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(alone[i], rows[:, 1], rtol=1e-4, atol=1e-4)
-        # to the bit, as the shapes are the same
-        assert torch.equal(beside[i].unflatten(0, (3, 3))[:, 1], rows[:, 1])
-    for k, s in enumerate(state):
-        torch.testing.assert_close(permuted_state[k], s[order], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(alone_state[k][0], s[1], rtol=1e-4, atol=1e-5)
-        assert torch.equal(beside_state[k][1], s[1])
+        return [x.unflatten(0, (3, -1)).transpose(0, 1) for x in prediction[:3]] + [*state]
+
+    whole = by_stream(events)
+    permuted = [x[order] for x in whole]
+    torch.testing.assert_close(by_stream(events[:, order]), permuted, rtol=1e-4, atol=1e-5)
+    alone = [x[1:2] for x in whole]
+    torch.testing.assert_close(by_stream(events[:, 1:2]), alone, rtol=1e-4, atol=1e-5)
+    beside = [x[1:2] for x in by_stream(other)]
+    assert_same(beside, alone)  # to the bit, as the shapes are the same
 
 
 def test_detector_on_chosen_frames_equals_that_on_all():
@@ -445,10 +396,10 @@ def test_detector_and_loss_compile_to_one_graph_for_any_number_of_frames(changes
         torch.testing.assert_close(got, want)
         (got + want).backward()
     assert counter.frame_count == 1
-    for p, again in zip(detector.parameters(), twin.parameters()):
-        torch.testing.assert_close(again.grad, p.grad, rtol=1e-3, atol=1e-5)
-    for statistics, again in zip(detector.buffers(), twin.buffers()):
-        torch.testing.assert_close(again, statistics)
+    gradients = [p.grad for p in detector.parameters()]
+    again = [p.grad for p in twin.parameters()]
+    torch.testing.assert_close(again, gradients, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(list(twin.buffers()), list(detector.buffers()))
 
 
 def test_detector_with_its_state_runs_in_onnxruntime_over_a_stream(tmp_path):
@@ -476,23 +427,10 @@ def test_detector_with_its_state_runs_in_onnxruntime_over_a_stream(tmp_path):
         with torch.no_grad():
             prediction, torch_state = detector(frame, torch_state)
         got = [torch.from_numpy(x) for x in (box, obj, cls, grid, *state)]
-        for x, want in zip(got, (*prediction, *torch_state), strict=True):
-            torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, [*prediction, *torch_state], rtol=1e-4, atol=1e-4)
 
 
 # ---- changes in one place
-
-def train_one_step(detector):
-    """Train a step on random frames; the next state. All of backbone and pyramid must learn."""
-    parts = torch.nn.ModuleList([detector.stages, detector.fpn])
-    before = copy.deepcopy(parts.state_dict())
-    optimizer = torch.optim.SGD(detector.train().parameters(), lr=0.1)
-    prediction, state = detector(random_events(3, 2, 20, 48, 64))
-    detection_loss(prediction, TWO_BOXES.repeat(6, 1, 1))["loss"].backward()
-    optimizer.step()
-    for name, p in parts.named_parameters():
-        assert p.isfinite().all() and not torch.equal(p, before[name]), name
-    return state
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -539,45 +477,8 @@ def test_change_of_the_pyramid_to_a_plain_fpn(monkeypatch):
 # ==== checkpoint.py
 
 
-def test_read_checkpoint_names_what_is_none_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_checkpoint("good.pt", tiny_detector())
-    assert read_checkpoint("good.pt")["model_config"]["embed_dim"] == 16
-    whole = Path("good.pt").read_bytes()
-    Path("cut.pt").write_bytes(whole[: len(whole) // 2])
-    Path("empty.pt").write_bytes(b"")
-    Path("text.pt").write_text("no checkpoint")
-    Path("raw.pt").write_bytes(pickle.dumps({"state_dict": Hostile()}))
-    torch.save({"a": 1}, "other.pt")
-    torch.save({"state_dict": {}, "callbacks": Hostile()}, "hostile.pt")
-    for name, word in (
-            ("cut.pt", "truncated"), ("empty.pt", "not a checkpoint"), ("raw.pt", "raw.pt"),
-            ("text.pt", "not a checkpoint"), ("other.pt", "no checkpoint of"),
-            ("hostile.pt", "convert it"), ("missing.pt", "no such")):
-        with pytest.raises(ValueError, match=word) as error:
-            read_checkpoint(name)
-        assert name in str(error.value) and "\n" not in str(error.value)
-    assert not Path("hostile_code_ran").exists()
-
-
-def test_load_weights_names_what_does_not_fit():
-    detector = tiny_detector()
-    weights = detector.state_dict()
-    sparse = weights["stages.0.norm.bias"].to_sparse()
-    for name, x, words in (
-            ("stages.0.norm.bias", None, "is missing in the file"),
-            ("stages.0.norm.bias", torch.zeros(3), "is .3,. in the file, .16,. in the model"),
-            ("stages.0.norm.bias", sparse, "is Tensor in the file"),
-            ("stages.9.norm.bias", torch.zeros(3), "is .3,. in the file, missing in the model")):
-        changed = weights | {name: x}
-        with pytest.raises(ValueError, match=f"^a.pt: 1 weights do not fit .*{name} {words}"):
-            load_weights(detector, changed, "a.pt", new_classes=True)
-
-
 def test_load_weights_starts_class_layers_from_scratch_where_asked(capsys):
     weights = tiny_detector(num_classes=3).state_dict()
-    with pytest.raises(ValueError, match="6 weights do not fit"):
-        load_weights(tiny_detector(num_classes=5), weights, "a.pt")
     fresh = tiny_detector(num_classes=5).state_dict()
     detector = load_weights(tiny_detector(num_classes=5), weights, "a.pt", new_classes=True)
     said = capsys.readouterr().out
@@ -588,37 +489,6 @@ def test_load_weights_starts_class_layers_from_scratch_where_asked(capsys):
         assert torch.equal(x, source[name]), name
     load_weights(tiny_detector(num_classes=3), weights, "a.pt", new_classes=True)
     assert capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="do not fit"):  # another architecture as well
-        load_weights(tiny_detector(num_classes=5, embed_dim=24), weights, "a.pt", new_classes=True)
-
-
-def test_load_rvt_names_what_is_unmatched(tmp_path):
-    path = tmp_path / "changed.ckpt"
-    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)["checkpoint"]
-    for change, words in (
-        ({"mdl.backbone.extra": torch.zeros(3)}, "extra is .3,. in the file"),
-        ({"mdl.fpn.bu_conv1.conv.weight": None}, "fpn.down.1.conv.weight is missing"),
-        ({"mdl.yolox_head.cls_preds.1.bias": torch.zeros(5)}, "heads.1.cls_pred.bias is .5,."),
-    ):
-        changed = reference["state_dict"] | change
-        weights = {name: x for name, x in changed.items() if x is not None}
-        torch.save({"state_dict": weights}, path)
-        with pytest.raises(ValueError, match=words):
-            load_rvt(path, input_hw=(128, 160), partition_split=1)
-    torch.save({"state_dict": {"mdl.other": torch.zeros(1)}}, path)
-    with pytest.raises(ValueError, match="changed.ckpt: no checkpoint of RVT"):
-        load_rvt(path, input_hw=(128, 160))
-
-
-def test_weights_of_rvt_start_class_layers_from_scratch_where_asked(tmp_path, capsys):
-    path = tmp_path / "rvt.ckpt"
-    torch.save(torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)["checkpoint"], path)
-    shape = dict(input_hw=(128, 160), partition_split=1, num_classes=5)
-    with pytest.raises(ValueError, match="do not fit"):
-        load_rvt(path, **shape)
-    detector = Detector(ModelConfig(embed_dim=32, fpn_depth=0.33, **shape))
-    load_weights(detector, read_weights(path), path, new_classes=True)
-    assert "class layers start from scratch" in capsys.readouterr().out
 
 
 def test_load_detector_takes_frames_of_another_size(tmp_path):
@@ -649,23 +519,12 @@ def test_size_weights_by_hand():
     assert at == 1
 
 
-@pytest.mark.parametrize("wrong", [
-    {"weight_type": "cubic"}, {"size_aware_terms": ("iou", "box")}, {"size_aware_terms": ()},
-    {"size_aware_weight": 0.5}, {"small_threshold": -1}, {"small_threshold": 9216},
-    {"medium_threshold": -1}, {"medium_threshold": 1024}])
-def test_size_aware_names_what_cannot_work(wrong):
-    [(key, value)] = wrong.items()
-    with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}")):
-        SizeAware(**wrong)
-
-
 def test_size_weights_of_ones_own_train(traffic, tmp_path, monkeypatch):
     def inverse(area, kind, weight, small, medium):
         return 1 + (weight - 1) * small / (small + area)
 
     monkeypatch.setattr(loss, "size_weights", inverse)
-    options = ("--max_steps=1", "--size_aware_loss=True", "--weight_type=inverse")
-    assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", *options) == 0
+    trained(traffic, tmp_path, "--max_steps=1", "--size_aware_loss=True", "--weight_type=inverse")
 
 
 def test_box_iou_by_hand():
@@ -675,56 +534,6 @@ def test_box_iou_by_hand():
     assert box_iou(torch.zeros(4), torch.zeros(4)) == 0
 
 
-def iou_by_definition(a, b):
-    width = min(a[0] + a[2] / 2, b[0] + b[2] / 2) - max(a[0] - a[2] / 2, b[0] - b[2] / 2)
-    height = min(a[1] + a[3] / 2, b[1] + b[3] / 2) - max(a[1] - a[3] / 2, b[1] - b[3] / 2)
-    overlap = max(width, 0) * max(height, 0)
-    return overlap / (a[2] * a[3] + b[2] * b[3] - overlap)
-
-
-def simota_by_definition(prediction, targets, n):
-    """One box and anchor after the other: {anchor: (box, IoU)} of frame n."""
-    boxes = [row for row in targets[n].tolist() if row[3] > 0]
-    near, iou, cost, claims, matched = {}, {}, {}, {}, {}
-    for a, (x, y, stride) in enumerate(prediction.grid.tolist()):
-        for m, (_, cx, cy, _, _) in enumerate(boxes):
-            if max(abs((x + 0.5) * stride - cx), abs((y + 0.5) * stride - cy)) < 1.5 * stride:
-                near.setdefault(a, set()).add(m)
-    for a in near:
-        p = (prediction.obj[n, a].sigmoid() * prediction.cls[n, a].sigmoid()).sqrt().tolist()
-        predicted = prediction.box_cxcywh[n, a].tolist()
-        for m, (label, *box) in enumerate(boxes):
-            iou[m, a] = iou_by_definition(box, predicted)
-            entropy = -sum(math.log(q if k == label else 1 - q) for k, q in enumerate(p))
-            cost[m, a] = entropy - 3 * math.log(iou[m, a] + 1e-8) + 1e6 * (m not in near[a])
-    for m in range(len(boxes)):
-        best = sorted((iou[m, a] for a in near), reverse=True)[:10]
-        for a in sorted(near, key=lambda a: cost[m, a])[: max(1, int(sum(best)))]:
-            claims.setdefault(a, []).append(m)
-    for a, claimants in claims.items():
-        m = claimants[0]
-        if len(claimants) > 1:
-            m = min(range(len(boxes)), key=lambda m: cost[m, a])
-        matched[a] = (m, iou[m, a])
-    return matched
-
-
-def random_scene(targets, strides, seed):
-    """Prediction on frames of 64x96 px, and the targets (N, M, 5) with random boxes for NaN."""
-    g = torch.Generator().manual_seed(seed)
-    targets = torch.as_tensor(targets, dtype=torch.float)
-    random = torch.rand(targets.shape, generator=g) * torch.tensor([2.99, 96, 64, 40, 40])
-    random = torch.cat((random[..., :1].floor(), random[..., 1:3], random[..., 3:] + 4), -1)
-    cells = [(x, y, s) for s in strides for y in range(64 // s) for x in range(96 // s)]
-    grid = torch.tensor(cells, dtype=torch.float)
-    N, A = len(targets), len(grid)
-    centre = (grid[:, :2] + 0.5) * grid[:, 2:] + 4 * torch.randn(N, A, 2, generator=g)
-    size = grid[:, 2:] * (0.75 + 1.5 * torch.rand(N, A, 2, generator=g))
-    obj, *cls = torch.randn(4, N, A, generator=g)
-    prediction = Prediction(torch.cat((centre, size), -1), obj, torch.stack(cls, -1), grid)
-    return prediction, torch.where(targets.isnan(), random, targets)
-
-
 PAD, ANY = [0.0] * 5, [math.nan] * 5
 FRAMES = [
     [[0, 16, 24, 20, 12], [1, 16, 24, 10, 30], [2, 40, 32, 8, 8], [1, 90, 60, 30, 30]],  # borders
@@ -732,7 +541,8 @@ FRAMES = [
     [[1, 33.3, 41.7, 25, 9], PAD, PAD, PAD], [PAD] * 4, [ANY] * 4, [ANY] * 4, [ANY] * 3 + [PAD]]
 
 
-@pytest.mark.parametrize("strides", [(8, 16, 32), (4, 8, 16), (1, 2)])  # few anchors and many
+@pytest.mark.parametrize("strides", [
+    (8, 16, 32), (4, 8, 16), (1, 2), (32, 64)])  # few anchors and many; fewer than a box may claim
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("targets", [FRAMES, [[ANY] * (2 * loss.CHUNK + 6)]])
 def test_assign_simota_equals_its_slow_definition(targets, seed, strides):
@@ -770,7 +580,7 @@ def test_assign_over_all_anchors_is_a_change_in_one_place(traffic, tmp_path, mon
         return Assignment(anchor, taken.any(2), taken.int().argmax(2), iou.amax(2))
 
     monkeypatch.setattr(loss, "assign", best_overlap)
-    assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1") == 0
+    trained(traffic, tmp_path, "--max_steps=1")
 
 
 def test_focal_loss_by_hand():
@@ -787,23 +597,6 @@ BOTH = SizeAware(True, 2.5, 256, 1024, "exponential", ("iou", "cls"))
 def scene():
     boxes = [[[0, 20.0, 20, 12, 14], [2, 44, 30, 20, 9]], [[1, 12, 40, 8, 8], PAD]]
     return random_scene(boxes, (8, 16, 32), 0)
-
-
-def terms_by_definition(prediction, targets, weight, class_loss):
-    """iou, obj and cls, with the matched anchors taken one by one; weight(area)."""
-    iou, cls, is_object = 0.0, 0.0, torch.zeros_like(prediction.obj)
-    for n in range(len(targets)):
-        for a, (m, overlap) in simota_by_definition(prediction, targets, n).items():
-            label, _, _, w, h = targets[n, m].tolist()
-            onehot = F.one_hot(torch.tensor(int(label)), 3).float()
-            iou += 5 * weight(w * h) * (1 - overlap**2)
-            terms = class_loss(prediction.cls[n, a], onehot, overlap)
-            cls += weight(w * h) * terms.sum().item()
-            is_object[n, a] = 1
-    obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum").item()
-    matched = is_object.sum().item()
-    terms = {"iou": iou, "obj": obj, "cls": cls, "loss": iou + obj + cls, "num_fg": matched**2 / 3}
-    return {key: pytest.approx(x / matched, rel=1e-5) for key, x in terms.items()}
 
 
 def test_detection_loss_equals_its_formulas_written_out(scene):
@@ -852,14 +645,6 @@ def test_detection_loss_does_not_depend_on_padding_or_the_order_of_frames(scene)
     torch.testing.assert_close(detection_loss(scene[0], padded)["loss"], want)
     swapped = Prediction(*[field.flip(0) for field in fields], grid)
     torch.testing.assert_close(detection_loss(swapped, targets.flip(0))["loss"], want)
-
-
-def test_detection_loss_where_a_pyramid_has_fewer_anchors_than_a_box_may_claim():
-    model = tiny_detector(input_hw=(32, 32), fpn_stages=(3, 4), partition_split=1).train()
-    prediction, _ = model(random_events(2, 2, 20, 32, 32))
-    targets = torch.tensor([[[0.0, 16, 16, 20, 20]] * 3] * 4)
-    assert prediction.obj.shape[1] < loss.MAX_CLAIMS
-    assert detection_loss(prediction, targets)["loss"].isfinite()
 
 
 # ==== data.py
@@ -926,50 +711,13 @@ def test_sequence_attributes_and_frames_are_what_was_written(tmp_path):
     assert (out[:, 0] == 9).all() and (out[6] == 9).all()
 
 
-def test_sequence_takes_labels_of_other_fields_types_and_orders(tmp_path):
-    write_sequence(tmp_path / "a", {1: [BOX]}, 3)
-    dtype = [("class_id", ">u2"), ("t", "<u8"), *((name, "<f8") for name in "hwyx"), ("new", "?")]
-    labels = np.array([(3, 7, 16, 20, 8, 10, True)], dtype)
-    arrays = dict(labels=labels, objframe_idx_2_label_idx=np.array([0], np.uint32))
-    np.savez(tmp_path / "a/labels_v2/labels.npz", **arrays)
-    assert data.Sequence(tmp_path / "a").boxes[0].tolist() == [(7, 5, 4, 10, 8, 3, 1, 1)]
-
-
 def test_sequence_takes_the_half_resolution_file_where_both_are_there(tmp_path):
     write_sequence(tmp_path / "a", {1: [BOX]}, 3, hw=(48, 64), half=False)
     write_sequence(tmp_path / "b", {1: [BOX]}, 3)
     assert data.Sequence(tmp_path / "a").hw == (48, 64)
     half = Path(data.REPRESENTATION, data.FILES["half"])
-    os.rename(tmp_path / "b" / half, tmp_path / "a" / half)
+    (tmp_path / "b" / half).rename(tmp_path / "a" / half)
     assert data.Sequence(tmp_path / "a").hw == (24, 32)
-
-
-@pytest.mark.parametrize("filters", [
-    BLOSC, hdf5plugin.Blosc(cname="zstd", clevel=9, shuffle=0), hdf5plugin.Blosc(cname="lz4"),
-    hdf5plugin.Blosc(cname="zstd", clevel=0), hdf5plugin.Blosc(cname="zstd", shuffle=2),
-    hdf5plugin.Blosc2(cname="zstd"), dict(shuffle=True, **BLOSC), dict(compression="gzip")])
-def test_sequence_read_decodes_whatever_the_compression(tmp_path, filters):
-    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 48, 64))
-    for name, fill in (("sparse", None), ("zero", 0), ("noise", noise)):
-        frames = write_sequence(tmp_path / name, {}, 3, hw=(48, 64), fill=fill, **filters)
-        assert np.array_equal(data.Sequence(tmp_path / name).read(0, 3), frames)
-
-
-def box_as_rvt(label, hw, half):
-    """(x, y, w, h) of one label in float32, step by step as RVT clips and halves it."""
-    one = np.float32
-    lows = []
-    lengths = []
-    for start, extent, side in (("x", "w", hw[1]), ("y", "h", hw[0])):
-        low = min(max(label[start], one(0)), one(side - 1))
-        length = min(max(label[start] + label[extent], one(0)), one(side - 1)) - low
-        if half:
-            high = min((low + length) * one(0.5), one(side / 2 - 1))
-            low = low * one(0.5)
-            length = high - low
-        lows.append(low)
-        lengths.append(length)
-    return (*lows, *lengths)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -1204,18 +952,6 @@ def test_train_data_makes_a_filler_where_a_zoom_empties_all_frames(tmp_path):
     assert plan(sequences, augmentation=UNMOVED)[0].has_boxes
 
 
-def train_on(batch):
-    """The loss of a tiny detector on a batch, and whether a step then changed its weights."""
-    model = tiny_detector(input_hw=tuple(batch.events.shape[-2:])).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    before = model.heads[0].obj_pred.bias.clone()
-    events = data.augment(batch.events, batch.rows, batch.cols)
-    loss = detection_loss(model(events, None, batch.frames)[0], batch.targets)["loss"]
-    loss.backward()
-    optimizer.step()
-    return loss.item(), not torch.equal(before, model.heads[0].obj_pred.bias)
-
-
 def test_train_data_change_events_draws_once_a_run_or_in_each_chunk(toy_set):
     class Noisy(TrainData):
         def change_events(self, events, seed, start):
@@ -1270,19 +1006,12 @@ def test_make_loader_is_the_same_for_any_number_of_workers_and_any_start(toy_set
 def test_data_main_counts_and_draws_what_a_set_holds(tmp_path, capsys):
     make_set(tmp_path, [[1, 3], [5]], length=10)
     make_set(tmp_path, [[2]], "val", length=10)
-    data.main([str(tmp_path), "--class_names=car,bike", f"--picture={tmp_path}/sizes.png"])
+    data.main([str(tmp_path), "--class_names=car,bike", f"--picture={tmp_path}/new/sizes.png"])
     train, boxes, val, _ = capsys.readouterr().out.splitlines()
     assert train == "train: 2 sequences, 3 labelled frames"
     assert boxes.split() == ["3", "boxes", "of", "bike,", "median", "side", "9", "px"]
     assert val == "val: 1 sequences, 1 labelled frames"
-    assert (tmp_path / "sizes.png").stat().st_size > 1000
-
-
-def test_data_main_warns_where_its_picture_cannot_be_written(tmp_path, capsys):
-    make_set(tmp_path, [[1]], length=3)
-    (tmp_path / "file").touch()
-    data.main([str(tmp_path), "--split=train", f"--picture={tmp_path}/file/sizes.png"])
-    assert "WARNING: no picture" in capsys.readouterr().out
+    assert min(size_of(tmp_path / "new/sizes.png")) > 300
 
 
 # ==== train.py
@@ -1315,29 +1044,19 @@ def test_learning_rate_at_works_for_any_number_of_steps(steps):
 # ---- optimiser
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (8, 40), (40, 8)])
-def test_orthogonal_keeps_directions_and_makes_them_equally_long(shape):
-    x = torch.randn(shape, generator=torch.manual_seed(0))
-    u, _, v = torch.linalg.svd(x, full_matrices=False)
-    lengths = (u.mT @ train.orthogonal(x) @ v.mT).diagonal()
-    assert 0.6 < lengths.min() and lengths.max() < 1.3  # as its authors say
-
-
 def test_muon_equals_torchs_on_matrices_and_adamw_on_vectors():
     torch.manual_seed(0)
     ours = [torch.randn(8, 3, 2, 2), torch.randn(5)]
     matrix, vector = ours[0].flatten(1).clone(), ours[1].clone()
     muon = train.Muon(ours, 0.02, weight_decay=0.1)
-    theirs = [  # its steps are 0.2 of the learning rate, taken in bfloat16
-        torch.optim.Muon([matrix], 0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([vector], 0.02, weight_decay=0.1),
-    ]
+    theirs = torch.optim.Muon(  # its steps are 0.2 of the learning rate, taken in bfloat16
+        [matrix], 0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([vector], 0.02, weight_decay=0.1)
     for _ in range(3):
         for p, q in zip(ours, (matrix, vector)):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.reshape(q.shape)
-        muon.step()
-        for optimizer in theirs:
+        for optimizer in (muon, theirs, adamw):
             optimizer.step()
     torch.testing.assert_close(ours[0].flatten(1), matrix, atol=4e-3, rtol=0)
     torch.testing.assert_close(ours[1], vector)
@@ -1351,20 +1070,20 @@ TABLE = {  # patch, stages, weight or None, steps, batch, eval batch, interval, 
     "3scale_sizeaware_attention": (4, (2, 3, 4), 2.0, 100_000, 6, 2, 3500, 1e-3),
     "patch2_sizeaware": (2, (2, 3, 4), 2.0, 100_000, 2, 2, 3500, 1e-4),
     "patch2_4scale_sizeaware": (2, (1, 2, 3, 4), 2.0, 200_000, 2, 2, 5000, 1e-4),
-    "patch3_4scale_sizeaware": (3, (1, 2, 3, 4), 2.0, 200_000, 4, 4, 5000, 1.4e-4),
-}
+    "patch3_4scale_sizeaware": (3, (1, 2, 3, 4), 2.0, 200_000, 4, 4, 5000, 1.4e-4)}
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_configs_say_what_the_notes_say(name):
     path = str(ROOT / "configs" / f"{name}.py")
-    config = SimpleNamespace(**configurator.configure(train.defaults, [path]))
-    weight = config.size_aware_weight if config.size_aware_loss else None
+    config = configurator.configure(train.defaults, [path])
+    weight = config["size_aware_weight"] if config["size_aware_loss"] else None
     assert TABLE[name] == (
-        config.patch_size, config.fpn_stages, weight, config.max_steps, config.batch_size,
-        config.eval_batch_size, config.eval_interval, config.learning_rate)
-    assert (config.sequence_length, config.sampling) == (5, "stream")
-    assert config.weight_type == "exponential"
+        config["patch_size"], config["fpn_stages"], weight, config["max_steps"],
+        config["batch_size"], config["eval_batch_size"], config["eval_interval"],
+        config["learning_rate"])
+    assert (config["sequence_length"], config["sampling"]) == (5, "stream")
+    assert config["weight_type"] == "exponential"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -1392,51 +1111,33 @@ def test_configs_train_two_steps_and_evaluate_from_their_checkpoint(
 
 
 def test_train_starts_from_weights_of_its_own(traffic, tmp_path):
-    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=1", "--learning_rate=1e-12"]
-    assert run_train(*argv, f"--out_dir={tmp_path}/a", "--seed=1") == 0
-    start = f"--init_from={tmp_path}/a/ckpt.pt"
-    assert run_train(*argv, f"--out_dir={tmp_path}/b", start) == 0
-    a, b = checkpoint_of(tmp_path / "a")["model"], checkpoint_of(tmp_path / "b")["model"]
-    torch.testing.assert_close(a["stages.0.conv.weight"], b["stages.0.conv.weight"])
-    with pytest.raises(ValueError, match="do not fit"):
-        train.main([*argv, f"--out_dir={tmp_path}/c", start, "--embed_dim=32"])
+    options = ("--max_steps=1", "--learning_rate=1e-12")
+    a = trained(traffic, tmp_path / "a", *options, "--seed=1")
+    b = trained(traffic, tmp_path / "b", *options, f"--init_from={tmp_path}/a/ckpt.pt")
+    name = "stages.0.conv.weight"
+    torch.testing.assert_close(a["model"][name], b["model"][name])
 
 
-def test_train_starts_from_weights_of_rvt(traffic, tmp_path):
-    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)["checkpoint"]
-    torch.save(reference, tmp_path / "rvt.ckpt")
-    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=1", "--learning_rate=1e-12"]
-    argv += ["--embed_dim=32", "--dim_head=32"]
-    assert run_train(*argv, f"--out_dir={tmp_path}/a", f"--init_from={tmp_path}/rvt.ckpt") == 0
-    weight = checkpoint_of(tmp_path / "a")["model"]["stages.0.conv.weight"]
-    want = reference["state_dict"]["mdl.backbone.stages.0.downsample_cf2cl.conv.weight"]
+def test_train_starts_from_weights_of_rvt_with_other_classes(tmp_path, capsys):
+    reference, path = rvt_checkpoint(tmp_path)
+    for split in ("train", "val"):
+        make_set(tmp_path, [[2, 3]], split, length=5)
+    options = ["--embed_dim=32", "--dim_head=32", "--num_classes=2", "--max_steps=1"]
+    options += ["--learning_rate=1e-12", f"--init_from={path}"]
+    weight = trained(tmp_path, tmp_path / "out", *options)["model"]["stages.0.conv.weight"]
+    assert "class layers start from scratch" in capsys.readouterr().out
+    weights = reference["checkpoint"]["state_dict"]
+    want = weights["mdl.backbone.stages.0.downsample_cf2cl.conv.weight"]
     torch.testing.assert_close(weight, want.float())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_train_in_half_precision_on_a_cpu(dtype, traffic, tmp_path):
-    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=10"]
-    assert run_train(*argv, f"--dtype={dtype}") == 0  # float16's scaler skips the first steps
-    checkpoint = checkpoint_of(tmp_path)
+    # float16's scaler skips the first steps
+    checkpoint = trained(traffic, tmp_path, "--max_steps=10", f"--dtype={dtype}")
     assert math.isfinite(checkpoint["progress"]["log"][0]["loss"])
     assert checkpoint["progress"]["bad_steps"] == 0
     assert all(x.isfinite().all() for x in checkpoint["model"].values())
-
-
-def test_train_in_a_thread_as_a_notebook_does(traffic, tmp_path):
-    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1"]
-    thread = threading.Thread(target=run_train, args=argv)
-    thread.start()
-    thread.join()
-    assert checkpoint_of(tmp_path)["step"] == 1
-
-
-def test_train_on_frames_of_one_cell_says_to_raise_batch_size(tmp_path):
-    for split in ("train", "val"):
-        make_set(tmp_path, [[2, 3]], split, length=5, hw=(32, 32))
-    argv = [*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out", "--num_classes=2"]
-    with pytest.raises(ValueError, match="raise batch_size"):
-        train.main([*argv, "--batch_size=1"])
 
 
 # ---- resume
@@ -1444,10 +1145,8 @@ def test_train_on_frames_of_one_cell_says_to_raise_batch_size(tmp_path):
 
 def test_resume_equals_an_unbroken_run_also_where_the_validation_broke(
         traffic, tmp_path, monkeypatch):
-    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=4", "--log_interval=3"]
-    argv += ["--eval_interval=2", "--optimizer=muon"]
-    assert run_train(*argv, f"--out_dir={tmp_path}/whole") == 0
-    broken = f"--out_dir={tmp_path}/broken"
+    options = ("--max_steps=4", "--log_interval=3", "--eval_interval=2", "--optimizer=muon")
+    trained(traffic, tmp_path / "whole", *options)
 
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -1455,78 +1154,27 @@ def test_resume_equals_an_unbroken_run_also_where_the_validation_broke(
     with monkeypatch.context() as patch:
         patch.setattr(detect, "run", full)
         with pytest.raises(ValueError, match="out of memory.*eval_batch_size"):
-            train.main([*argv, broken])
+            trained(traffic, tmp_path / "broken", *options)
     assert checkpoint_of(tmp_path / "broken")["step"] == 2
-    assert run_train(broken, "--init_from=resume") == 0
+    assert run_train(f"--out_dir={tmp_path}/broken", "--init_from=resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
-
-
-def test_resume_takes_changed_options_and_a_moved_folder(traffic, tmp_path):
-    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=1"]
-    assert run_train(*argv, f"--out_dir={tmp_path}/a/") == 0
-    (tmp_path / "a").rename(tmp_path / "b")
-    options = ["--init_from=resume", "--max_steps=2", "--weight_decay=0.5"]
-    assert run_train(f"--out_dir={tmp_path}/b", *options) == 0
-    checkpoint = checkpoint_of(tmp_path / "b")
-    assert checkpoint["step"] == 2
-    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
-    assert "init_from = 'scratch'" in (tmp_path / "b/config.py").read_text()
-    assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize("option", ["--sequence_length=2", "--batch_size=1", "--seed=3"])
-def test_resume_with_other_streams_starts_their_states_at_zero(
-        option, traffic, tmp_path, monkeypatch, capsys):
-    argv = [f"--out_dir={tmp_path}", "--max_steps=1"]
-    assert run_train(*TINY, f"--data_dir={traffic}", *argv) == 0
-    assert any(x.any() for x in checkpoint_of(tmp_path)["states"][0][0])
-    assert run_train(*argv, "--init_from=resume", option) == 0
-    assert "their states start at 0" in capsys.readouterr().out
 
 
 # ---- processes
 
 
-def torchrun(*argv, start=subprocess.run, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               "--master_port=29567", *argv]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    return start(command, text=True, cwd=ROOT, env=env, **options)
-
-
 def test_two_processes_train_as_one_that_accumulates(traffic, tmp_path):
-    argv = [*TINY, f"--data_dir={traffic}", "--max_steps=2", "--eval_interval=2"]
-    one = [f"--out_dir={tmp_path}/one", "--gradient_accumulation_steps=4"]
-    assert run_train(*argv, *one) == 0
-    two = [f"--out_dir={tmp_path}/two", "--gradient_accumulation_steps=2"]
-    done = torchrun("train.py", *argv, *two, capture_output=True)
+    options = ("--max_steps=2", "--eval_interval=2")
+    one = trained(traffic, tmp_path / "one", *options, "--gradient_accumulation_steps=4")
+    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}/two", *options]
+    done = torchrun("train.py", *argv, "--gradient_accumulation_steps=2", capture_output=True)
     assert done.returncode == 0, done.stderr
-    one, two = checkpoint_of(tmp_path / "one"), checkpoint_of(tmp_path / "two")
+    two = checkpoint_of(tmp_path / "two")
     for key, value in one["model"].items():
         if "running" not in key and "num_batches" not in key:  # of the first process alone
             torch.testing.assert_close(two["model"][key], value, rtol=1e-3, atol=1e-5, msg=key)
     one, two = one["progress"]["log"][0], two["progress"]["log"][0]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-
-
-def test_two_processes_stop_at_one_step_by_sigterm_resume_and_evaluate(traffic, tmp_path):
-    argv = ["train.py", *TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
-    process = torchrun(*argv, "--eval_interval=2", start=subprocess.Popen,
-                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while process.poll() is None and not (tmp_path / "best.pt").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    checkpoint = checkpoint_of(tmp_path)
-    step = checkpoint["step"]
-    assert f"stopped at step {step}" in output
-    assert len(checkpoint["states"]) == 2 and step >= 2
-    again = ["--init_from=resume", f"--max_steps={step + 1}"]
-    more = torchrun("train.py", f"--out_dir={tmp_path}", *again, capture_output=True)
-    assert more.returncode == 0, more.stderr
-    assert checkpoint_of(tmp_path)["step"] == step + 1
-    done = torchrun("eval.py", f"--ckpt={tmp_path}/ckpt.pt", capture_output=True)
-    assert done.returncode == 0, done.stderr
 
 
 # ---- changes in one place
@@ -1537,9 +1185,9 @@ def test_another_schedule_is_one_function(traffic, tmp_path, monkeypatch):
         return peak * (1 + math.cos(math.pi * step / max_steps)) / 2
 
     monkeypatch.setattr(train, "learning_rate_at", cosine)
-    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=2"]
-    assert run_train(*argv, "--log_interval=1", "--learning_rate=1e-3") == 0
-    assert checkpoint_of(tmp_path)["progress"]["log"][1]["lr"] == pytest.approx(5e-4)
+    options = ("--max_steps=2", "--log_interval=1", "--learning_rate=1e-3")
+    progress = trained(traffic, tmp_path, *options)["progress"]
+    assert progress["log"][1]["lr"] == pytest.approx(5e-4)
 
 
 def test_another_logged_scalar_is_one_key_of_the_losses(traffic, tmp_path, monkeypatch):
@@ -1550,9 +1198,8 @@ def test_another_logged_scalar_is_one_key_of_the_losses(traffic, tmp_path, monke
         return plain(prediction, targets, size_aware) | {"largest_side": largest}
 
     monkeypatch.setattr(train, "detection_loss", with_largest)
-    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1"]
-    assert run_train(*argv) == 0
-    assert checkpoint_of(tmp_path)["progress"]["log"][0]["largest_side"] > 0
+    progress = trained(traffic, tmp_path, "--max_steps=1")["progress"]
+    assert progress["log"][0]["largest_side"] > 0
     assert "largest_side" in (tmp_path / "log.csv").read_text()
 
 
@@ -1569,16 +1216,10 @@ def test_another_logged_scalar_is_one_key_of_the_losses(traffic, tmp_path, monke
     (["--names=tram"], "names", ("tram",)),
     (["--names=30"], "names", (30,)),
     (["--names="], "names", ()),
-    (["--out_dir=3"], "out_dir", "3"),
-])
+    (["--out_dir=3"], "out_dir", "3")])
 def test_configure_reads_options_by_the_type_of_their_default(argv, key, want):
     got = configurator.configure(KEYS, argv)[key]
     assert got == want and type(got) is type(want)
-
-
-def test_configure_leaves_the_defaults_as_they_are():
-    configurator.configure(KEYS, ["--batch_size=4"])
-    assert KEYS["batch_size"] == 6
 
 
 def test_configure_applies_files_and_options_in_order(tmp_path):
@@ -1587,53 +1228,10 @@ def test_configure_applies_files_and_options_in_order(tmp_path):
     config = configurator.configure(KEYS, ["--batch_size=7", str(file), "--names=b"])
     assert config == KEYS | dict(batch_size=3, learning_rate=0.015, names=("b",))
     assert configurator.configure(KEYS, [str(file), "--batch_size=5"])["batch_size"] == 5
-
-
-def test_dump_is_a_config_file_that_gives_the_same_config(tmp_path):
-    config = configurator.configure(KEYS, ["--batch_size=5", "--names=car,bus"])
-    (tmp_path / "b.py").write_text(configurator.dump(config))
-    assert configurator.configure(KEYS, [str(tmp_path / "b.py")]) == config
-
-
-def test_command_line_ends_in_one_line_for_a_mistake_and_in_130_for_ctrl_c():
-    def mistaken(argv):
-        raise ValueError("two\n  lines")
-
-    def interrupted(argv):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit, match="^error: two lines$"):
-        configurator.command_line(mistaken)
-    with pytest.raises(SystemExit, match="^130$"):
-        configurator.command_line(interrupted)
-
-
-def test_command_line_shows_where_a_bug_is():
-    def buggy(argv):
-        raise KeyError("a bug")
-
-    with pytest.raises(KeyError):
-        configurator.command_line(buggy)
+    assert KEYS["batch_size"] == 6  # the defaults stay
 
 
 # ==== detect.py
-
-
-def greedy(box, score, label, iou):
-    """Non-maximum suppression by its definition, box by box."""
-
-    def clash(i, j):
-        low = np.maximum(box[i][:2], box[j][:2])
-        high = np.minimum(box[i][2:], box[j][2:])
-        both = np.prod(np.clip(high - low, 0, None))
-        areas = np.prod(box[j][2:] - box[j][:2]) + np.prod(box[i][2:] - box[i][:2])
-        return label[i] == label[j] and both > 0 and both / (areas - both) > iou
-
-    kept = []
-    for i in sorted(range(len(score)), key=lambda i: -float(score[i])):
-        if not any(clash(i, j) for j in kept):
-            kept.append(i)
-    return kept
 
 
 @pytest.mark.parametrize("n", [0, 1, 8, 60, 150, 250])
@@ -1653,36 +1251,22 @@ def test_nms_is_the_greedy_definition(n, decimals):
         assert nms(*tensors, iou, block=16).tolist() == want
 
 
-def test_nms_of_many_boxes_in_bounded_blocks():
-    torch.manual_seed(0)
-    corner = 8 * torch.randint(0, 40, (20_000, 2)).float()
-    box = torch.cat((corner, corner + 10), 1)  # neighbours overlap by less than the threshold
-    kept = nms(box, torch.rand(20_000), torch.zeros(20_000), 0.45)
-    assert len(kept) == len(corner.unique(dim=0)) == len(corner[kept].unique(dim=0))
-
-
 # ---- detections
 
 
-def test_detections_by_hand():
-    first, second = detections(four_anchors(), [7, 8])
+def test_detections_by_hand(four_anchors):
+    first, second = detections(four_anchors, [7, 8])
     # Anchor 2 (0.72, class 0) drops anchor 0 (0.45, class 0); anchor 1 is of class 1 (0.54).
     assert len(second) == 0
     assert first["class_id"].tolist() == [0, 1]
     np.testing.assert_allclose(first["class_confidence"], [0.8, 0.6], rtol=1e-5)  # p_cls ranks
     np.testing.assert_allclose(first["confidence"], [0.72, 0.54], rtol=1e-5)
     assert [first[0][name] for name in ("t", "x", "y", "w", "h")] == [7, 16, 20, 10, 20]
-    ranked_by_product = detections(four_anchors(), [7, 8], score="obj*cls", confidence=0.6)[0]
+    ranked_by_product = detections(four_anchors, [7, 8], score="obj*cls", confidence=0.6)[0]
     np.testing.assert_allclose(ranked_by_product["class_confidence"], [0.72], rtol=1e-5)
 
 
 # ---- run
-
-
-def some_sequences(count=5):
-    streams = [("c", 12, (1, 4, 9)), ("a", 20, (0, 3, 8, 19)), ("b", 7, (1, 6)), ("d", 9, (0,))]
-    streams.append(("e", 5, ()))  # name, length, labelled frames
-    return [MemorySequence(*stream) for stream in streams[:count]]
 
 
 @pytest.mark.parametrize("attention", (False, True))
@@ -1706,13 +1290,12 @@ def test_run_does_not_depend_on_batches_chunks_order_or_workers(attention):
 def test_run_carries_the_state_through_a_sequence_and_no_further():
     model = small_detector()
     sequence = MemorySequence("a", 20, (3, 19))
-    labelled = torch.zeros(20, 1, dtype=torch.bool)
-    labelled[[3, 19]] = True
+    labelled = torch.isin(torch.arange(20), torch.tensor([3, 19]))[:, None]
     with torch.inference_mode():
         prediction, _ = model(torch.from_numpy(sequence.data[:, None]), None, labelled)
     want = detections(prediction, sequence.timestamps_us[[3, 19]])
-    before = MemorySequence("b", 30, (2, 29))  # longer, so that it plays first
-    same_boxes(run(model, [sequence, before], 1, 4)[1][:2], want)
+    # the other is longer, so that it plays first
+    same_boxes(run(model, [sequence, MemorySequence("b", 30, (2, 29))], 1, 4)[1][:2], want)
 
 
 def test_run_starts_T_minus_1_frames_before_the_first_label_and_leaves_the_model_as_it_was():
@@ -1790,62 +1373,17 @@ def test_prophesee_filter_in_proportion_to_the_sensor(hw):
     assert score_boxes(both, both, *hw, NAMES, "prophesee")["boxes"] == 2
 
 
-def as_coco(frames, kept, ids):
-    """COCO object of the boxes of the classes `ids` in the frames `kept`."""
-    coco = COCO()
-    entries = []
-    for k in kept:
-        for box in frames[k][np.isin(frames[k]["class_id"], ids)]:
-            entry = {"id": len(entries) + 1, "image_id": k, "iscrowd": 0}
-            entry |= {"category_id": int(box["class_id"]), "area": float(box["w"] * box["h"])}
-            entry["bbox"] = [float(box[name]) for name in "xywh"]
-            entry["score"] = float(box["class_confidence"])
-            entries.append(entry)
-    images = [{"id": k} for k in kept]
-    categories = [{"id": i} for i in ids]
-    coco.dataset = {"images": images, "categories": categories, "annotations": entries}
-    coco.createIndex()
-    return coco
-
-
-def pycocotools_scores(labels, dets, ids, agnostic):
-    """The scores by pycocotools' own classes, as RVT calls them: the independent oracle."""
-    kept = [k for k, boxes in enumerate(labels) if len(boxes)]
-    with redirect_stdout(None):
-        coco = COCOeval(as_coco(labels, kept, ids), as_coco(dets, kept, ids), "bbox")
-        coco.params.useCats = int(not agnostic)
-        coco.params.areaRng = [(0, 1e10), *SIZES.values()]
-        coco.params.areaRngLbl = ["all", *SIZES]
-        coco.evaluate()
-        coco.accumulate()
-
-    def mean(values):
-        return values[values > -1].mean() if (values > -1).any() else -1
-
-    p, r = coco.eval["precision"], coco.eval["recall"]
-    scores = {"AP50": mean(p[0, ..., 0, 2]), "AP75": mean(p[5, ..., 0, 2])}
-    scores |= {"AR1": mean(r[..., 0, 0]), "AR10": mean(r[..., 0, 1])}
-    for k, size in enumerate(("", "_T", "_S", "_M", "_L")):
-        scores["AP" + size] = mean(p[..., k, 2])
-        scores["AR" + (size or "100")] = mean(r[..., k, 2])
-    return scores
-
-
-def same_scores(got, want):
-    assert {name: got[name] for name in want} == want  # to the last bit
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_score_boxes_equals_pycocotools(seed):
-    # None is found, ties of scores and boxes without area, more than COCO's 100 in a frame.
+    # to the last bit; none is found, ties of scores and boxes without area, more than COCO's 100
     labels, dets = random_frames(seed, found=(30, 30, 0, 130, 60, 130)[seed], ties=seed % 2 == 1)
     for ids in (range(4), (0, 2)):
         for agnostic in (False, True):
             got = score_boxes(labels, dets, 360, 640, NAMES, "none", agnostic, ids)
-            same_scores(got, pycocotools_scores(labels, dets, ids, agnostic))
+            assert pycocotools_scores(labels, dets, ids, agnostic).items() <= got.items()
     rows = score_boxes(labels, dets, 360, 640, NAMES)["classes"]
     for i, name in enumerate(NAMES):
-        same_scores(rows[name], pycocotools_scores(labels, dets, [i], False))
+        assert pycocotools_scores(labels, dets, [i], False).items() <= rows[name].items()
         assert rows[name]["boxes"] == sum((boxes["class_id"] == i).sum() for boxes in labels)
         assert rows[name]["frames"] == sum(len(boxes) > 0 for boxes in labels)
 
@@ -1864,16 +1402,6 @@ def test_score_boxes_equals_rvt_and_its_fork_on_the_reference():
                 for theirs, ours in (("AR_max_det=", "AR"), ("AP_5", "AP5"), ("AP_7", "AP7")):
                     key = key.replace(theirs, ours)
                 assert abs(scores[key] - value) < 1e-9
-
-
-def test_score_boxes_without_detections_is_zero():
-    truth = some_boxes(0, [(10, 10, 20, 20)])
-    missed = score_boxes([truth], [truth[:0]], 64, 64, NAMES)
-    assert missed["boxes"] == 1
-    assert type(missed["AP"]) is float  # a checkpoint holds the best, and loads no numpy scalar
-    assert missed["AP"] == missed["AR100"] == missed["AP_S"] == 0
-    assert missed["AP_M"] == missed["AP_T"] == -1
-    assert missed["classes"]["car"]["AP"] == -1  # a class without labels stays out of the mean
 
 
 def test_score_boxes_without_labels_is_undefined_and_prints_nothing(capfd):
@@ -1930,6 +1458,7 @@ def test_score_boxes_counts_confusion_by_hand():
 
 def test_report_has_a_row_for_every_protocol():
     labels, dets, result = some_report()
+    json.dumps(result, allow_nan=False)
     for key, kind in detect.FILTERS.items():
         scene = labels, dets, 360, 640, NAMES, key
         mean = detect.score_boxes(*scene)
@@ -1946,13 +1475,6 @@ def test_report_has_a_row_for_every_protocol():
     assert result["rows"].pop(title)["AP"] == fork["AP"]
     assert not result["rows"]
     assert result["settings"]["boxes"] == sum(len(boxes) for boxes in labels)
-
-
-def test_report_has_no_zero_for_undefined():
-    result = some_report()[2]
-    assert result["rows"]["class mean, Prophesee filter"]["AP_T"] is None  # none is left
-    json.dumps(result, allow_nan=False)
-    assert report([], [], 64, 64, NAMES)["rows"]["class mean, all boxes"]["AP"] is None
 
 
 # ---- compare
@@ -1973,26 +1495,20 @@ def test_compare_shows_differences_and_a_metric_of_ones_own(monkeypatch, tmp_pat
     paths[0].write_text(json.dumps(result))
     row["AP"] += 0.015
     paths[1].write_text(json.dumps(result))
-    lines = compare(paths).splitlines()
+    lines = evaluation.compare(paths).splitlines()
     assert "   twice  " in lines[0]
     assert lines[2].endswith(f"class mean, all boxes | {paths[1]}")
     assert lines[2].split()[2] == f"{row['AP']:.4f}"
     assert lines[3].split() == ["+0", "+0", "+0.015", *["+0"] * 14, "difference"]
 
 
-def test_compare_without_reports_says_how():
-    with pytest.raises(ValueError, match="needs reports"):
-        evaluation.main(["--compare"])
-
-
 # ---- main
 
 
-def test_main_needs_the_checkpoint_alone_and_keeps_the_report_of_each_split(tmp_path, capsys):
-    trained = write_trained(tmp_path)
+def test_main_needs_the_checkpoint_alone_and_keeps_the_report_of_each_split(ckpt, tmp_path, capsys):
     write_prepared(tmp_path / "data", split="val", hw=(48, 96))
     for words in ([], ["--split=val"]):
-        evaluation.main([f"--ckpt={trained}", "--device=cpu", *words])
+        evaluation.main([f"--ckpt={ckpt}", "--device=cpu", *words])
     folder = tmp_path / "run" / "eval"
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["ckpt_test.json", "ckpt_test.png", "ckpt_val.json", "ckpt_val.png"]
@@ -2006,13 +1522,12 @@ def test_main_needs_the_checkpoint_alone_and_keeps_the_report_of_each_split(tmp_
 
 
 def test_main_on_a_checkpoint_of_rvt(tmp_path):
-    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)
-    torch.save(reference["checkpoint"], tmp_path / "rvt.ckpt")
+    _, path = rvt_checkpoint(tmp_path)
     classes = [str(i) for i in range(8)]
     data = write_prepared(tmp_path / "data", ("a",), "test", (128, 160), 3, (1, 2), classes)
     config = tmp_path / "config.py"
     config.write_text("partition_split = 1\ndim_head = 32\nsequence_length = 2\nmax_steps = 7\n")
-    words = [f"--ckpt={tmp_path / 'rvt.ckpt'}", str(config), f"--data_dir={data}"]
+    words = [f"--ckpt={path}", str(config), f"--data_dir={data}"]
     evaluation.main([*words, "--device=cpu", "--num_workers=0"])
     assert (tmp_path / "eval" / "rvt_test.json").exists()
 
@@ -2029,22 +1544,15 @@ def test_draw_shows_polarities_boxes_and_labels():
     events = np.zeros((20, 48, 480), np.uint8)
     events[[0, 15], 40, [5, 6]] = 9
     found = some_boxes(0, [(200, 20, 30, 15)], 1, 0.5)
-    image = np.asarray(draw(events, found, NAMES, some_boxes(0, [(300, 20, 30, 15)])))
+    image = np.asarray(pictures.draw(events, found, NAMES, some_boxes(0, [(300, 20, 30, 15)])))
     assert image[40, 5:7].tolist() == [list(colour) for colour in pictures.EVENTS]
     assert (image[20, 310] == 255).all()  # a label, white
     assert image[35, 210].max() > image[35, 210].min()  # a detection, coloured
 
 
 def test_draw_enlarges_small_frames_by_a_whole_number():
-    assert draw(np.zeros((20, 32, 100), np.uint8), (), NAMES).size == (500, 160)
-    assert draw(np.zeros((20, 360, 640), np.uint8), (), NAMES).size == (640, 360)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, -1e30])
-def test_draw_of_boxes_that_are_no_numbers_or_lie_far_outside(value):
-    places = [(value, 3, 10, 10), (3, value, 10, 10), (3, 3, abs(value), 10)]
-    boxes = some_boxes(0, places, 1, 0.5)
-    assert draw(np.zeros((20, 32, 100), np.uint8), boxes, NAMES, boxes).size == (500, 160)
+    assert pictures.draw(np.zeros((20, 32, 100), np.uint8), (), NAMES).size == (500, 160)
+    assert pictures.draw(np.zeros((20, 360, 640), np.uint8), (), NAMES).size == (640, 360)
 
 
 def test_draw_curves_of_every_column_and_of_fields_that_are_empty(tmp_path):
@@ -2057,31 +1565,12 @@ def test_draw_curves_of_every_column_and_of_fields_that_are_empty(tmp_path):
 def test_pictures_of_frames_with_detections(tmp_path):
     sequence = MemorySequence("a", 4, (0, 2, 3))  # fewer frames than places
     boxes = sequence.boxes
-    result = report(boxes, boxes, 64, 64, NAMES)
+    result = evaluation.report(boxes, boxes, 64, 64, NAMES)
     pictures.pictures(tmp_path / "report.png", result, np.eye(5), [sequence], boxes, boxes)
     assert min(size_of(tmp_path / "report.png")) > 1000
 
 
-def test_draw_box_sizes_of_each_split(tmp_path):
-    pictures.draw_box_sizes(tmp_path / "new" / "sizes.png", {"train": [3.0, 20, 40], "val": [5.0]})
-    assert min(size_of(tmp_path / "new" / "sizes.png")) > 300
-
-
 # ==== prepare.py
-
-
-def slow_histogram(t, x, y, p, height, width, downsample):
-    """The definition, event by event."""
-    full = np.zeros((20, height, width), np.int64)
-    for when, col, row, on in zip(t, x, y, p):
-        where = np.float32(when - t[0]) / np.float32(max(t[-1] - t[0], 1)) * np.float32(10)
-        full[(10 if on > 0 else 0) + min(int(np.floor(where)), 9), row, col] += 1
-    H, W = height // 2, width // 2
-    if downsample == "nearest":
-        full = full[:, 1:2 * H:2, 1:2 * W:2]
-    if downsample == "sum":
-        full = full[:, :2 * H, :2 * W].reshape(20, H, 2, W, 2).sum((2, 4))
-    return np.minimum(full, 10).astype(np.uint8)
 
 
 @pytest.mark.parametrize("downsample", ["none", "nearest", "sum"])
@@ -2138,7 +1627,7 @@ def test_real_recordings_hold_what_their_description_says(
         pytest.importorskip("faery")
     recording = Recording(path, *size)
     assert (recording.height, recording.width) == size
-    t, x, y, p = map(np.concatenate, zip(*recording.chunks()))
+    t, x, y, p = read_events(recording)
     assert len(t) == count == recording.events and recording.outside == recording.far == 0
     assert (np.diff(t) >= 0).all() and abs(t[-1] - t[0] - span) < 1000 and first in (None, t[0])
     assert limits in (None, (x.min(), x.max(), y.min(), y.max()))
@@ -2147,8 +1636,6 @@ def test_real_recordings_hold_what_their_description_says(
 
 def test_read_h5_takes_sizes_from_scalars_and_attributes_and_adds_dsecs_offset(tmp_path):
     path = write_h5(tmp_path / "b.hdf5", *some_events(100, 50_000), size=None, group="CD/events")
-    with pytest.raises(ValueError, match="b.hdf5: the sensor's size.*--height"):
-        Recording(path)
     with h5py.File(path, "a") as file:
         file["CD/events"].attrs["height"] = 260
         file.attrs["width"] = 346
@@ -2158,31 +1645,19 @@ def test_read_h5_takes_sizes_from_scalars_and_attributes_and_adds_dsecs_offset(t
     assert next(recording.chunks())[0][0] >= 10**12
 
 
-def test_read_h5_reads_metavisions_table_while_another_process_locks_it(tmp_path, monkeypatch):
+def test_read_h5_reads_metavisions_table(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 1000)
     columns = some_events(2500, 10**6)
     write_table(tmp_path / "a.hdf5", *columns, chunks=(400,))
-    with open(tmp_path / "a.hdf5", "rb") as holder:
-        fcntl.flock(holder, fcntl.LOCK_EX)
-        got = list(map(np.concatenate, zip(*Recording(tmp_path / "a.hdf5", 48, 64).chunks())))
-    for column, expected in zip(got, columns, strict=True):
-        np.testing.assert_array_equal(column, expected)
+    np.testing.assert_array_equal(read_events(Recording(tmp_path / "a.hdf5", 48, 64)), columns)
 
 
 def test_read_dat_gives_the_events_as_they_were_written(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 100)
-    columns = t, x, y, p = some_events(350, 10**6, (240, 304))
-    records = np.stack((t, x | y << 14 | p << 28), 1).astype("<u4")
-    path = tmp_path / "a_td.dat"
-    header = b"% Data file containing CD events.\n% Version 2\n% Height 240\n% Width 304\n\x00\x08"
-    path.write_bytes(header + records.tobytes())
-    recording = Recording(path)
+    columns = some_events(350, 10**6, (240, 304))
+    recording = Recording(write_dat(tmp_path / "a_td.dat", *columns, size=(240, 304)))
     assert (recording.height, recording.width) == (240, 304)
-    got = map(np.concatenate, zip(*recording.chunks()))
-    for column, expected in zip(got, columns, strict=True):
-        np.testing.assert_array_equal(column, expected)
-    path.write_bytes(path.read_bytes()[:-3])  # cut off within an event: the others are read
-    assert sum(len(chunk[0]) for chunk in recording.chunks()) == 349
+    np.testing.assert_array_equal(read_events(recording), columns)
 
 
 def read_csv(path):
@@ -2199,15 +1674,6 @@ def test_readers_take_another_format_in_one_line(tmp_path, monkeypatch):
     assert same_tree(load(tmp_path / "out/train/csv"), load(tmp_path / "out/train/h5"))
 
 
-def test_chunks_raise_times_that_go_backwards_across_blocks_and_count_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK", 4)
-    t = np.array([5, 9, 8, 10, 3, 12, 12, 40, 13, 14, 15, 50])
-    recording, got = read_times(tmp_path / "a_td.h5", t)
-    np.testing.assert_array_equal(got, np.maximum.accumulate(t))
-    assert recording.backwards == 5 and recording.events == 12
-    assert (recording.first_us, recording.last_us) == (5, 50)
-
-
 # ==== prepare.py: windows
 
 
@@ -2221,8 +1687,7 @@ def test_windows_hold_both_their_ends_whatever_the_blocks(block, tmp_path, monke
     ends = [50_000, 60_000, 100_000, 150_000, 150_000, 380_000, 900_000]
     for end, window in zip(ends, windows(recording, ends), strict=True):
         inside = (t >= end - 50_000) & (t <= end)
-        for column, expected in zip(window, (t, x, y, p)):
-            np.testing.assert_array_equal(column, expected[inside])
+        np.testing.assert_array_equal(window, [column[inside] for column in (t, x, y, p)])
 
 
 def test_windows_without_ends_cover_the_recording_from_its_first_event_on(tmp_path):
@@ -2250,10 +1715,6 @@ def test_read_labels_renames_and_sorts_those_of_older_files(tmp_path):
     assert boxes["t"].tolist() == [10, 20, 30] and boxes["track_id"].tolist() == [1, 2, 3]
     np.save(tmp_path / "b_bbox.npy", old[[*names[:6]]])
     assert read_labels(tmp_path / "b_bbox.npy")["class_confidence"].tolist() == [1, 1, 1]
-    for other in (old[["ts", "x", "y"]], np.zeros((20, 8))):
-        np.save(tmp_path / "c_bbox.npy", other)
-        with pytest.raises(ValueError, match="c_bbox.npy .expected: an array with fields t x y"):
-            read_labels(tmp_path / "c_bbox.npy")
 
 
 def test_filter_boxes_crops_filters_and_counts():
@@ -2273,17 +1734,6 @@ def test_filter_boxes_crops_filters_and_counts():
     assert kept["t"].tolist() == [0, 1, 5, 6, 7]
     large = some_labels([0, 1, 2], w=[55, 57, 30], h=[20, 20, 19])
     assert filter_boxes(large, 720, 1280, 8, "prophesee", train=False)[0]["t"].tolist() == [1]
-
-
-def rvts_rule(times, base):
-    """Labelled frames and numbers of base steps between them as RVT's script chooses them."""
-    frames, steps = [times[times >= 100_000][0]], []
-    for time_us in times[times > frames[0]]:
-        count = round((time_us - frames[-1]) / base)
-        if abs(time_us - frames[-1] - count * base) <= 2000:
-            frames.append(time_us)
-            steps.append(count)
-    return frames, steps
 
 
 @pytest.mark.parametrize("hertz, grid_us", [(30, 0), (60, 0), (4, 250_000), (1, 250_000)])
@@ -2335,30 +1785,6 @@ def test_label_frames_start_a_new_phase_after_a_gap():
     assert label_frames(np.concatenate((before, tail)), 0)[0].max() == 933_324
 
 
-@pytest.mark.parametrize("hertz, jitter_us, share", [
-    (10, 1_000, 0.97), (10, 3_000, 0.95), (10, 10_000, 0.9), (30, 3_000, 0.9), (20, 8_000, 0.85)])
-def test_label_frames_keep_one_about_every_100_ms_where_labels_jitter(hertz, jitter_us, share):
-    rng = np.random.default_rng(0)
-    times = np.arange(1, 100 * hertz) * (1_000_000 // hertz)
-    times = np.unique(times + rng.normal(0, jitter_us, len(times)).astype(int))
-    assert len(label_frames(times, 0)[0]) > share * 1000
-
-
-@pytest.mark.parametrize("hertz", [15, 30, 170, 1000])
-def test_label_frames_keep_one_about_every_100_ms_at_random_times_and_of_two_sources(hertz):
-    rng = np.random.default_rng(0)
-    times = np.unique(rng.integers(100_000, 100_000_000, 100 * hertz))
-    assert len(label_frames(times, 0)[0]) > 100_000_000 / (100_000 + 1_100_000 / hertz)
-    two = np.unique(np.concatenate([np.arange(1, 1000), np.arange(1, 1000) + 0.37]) * 100_000)
-    assert len(label_frames(two.astype(int), 0)[0]) == 999
-
-
-def test_label_frames_take_an_hour_of_labels_in_linear_time():
-    began = time.perf_counter()
-    assert len(label_frames(np.arange(100_000, 3_600_000_000, 33_333), 0)[0]) == 36_000
-    assert time.perf_counter() - began < 2
-
-
 def test_window_ends_of_gen1_are_as_far_apart_as_rvts():
     frames, step = label_frames(np.array([250_000, 500_000, 1_000_000]), 250_000)
     ends = window_ends(frames, step, 0) // 1000
@@ -2377,11 +1803,11 @@ def test_prepared_data_equal_rvts_to_the_bit(dataset, tmp_path):
     for sequence in ("train/a", "val/b"):
         assert same_tree(load(reference / "out" / sequence), load(tmp_path / sequence))
         path = next((reference / "out" / sequence).rglob("*.h5"))
-        ours_path = tmp_path / sequence / HISTOGRAMS / path.name
+        ours_path = tmp_path / sequence / data.REPRESENTATION / path.name
         with h5py.File(path) as theirs, h5py.File(ours_path) as ours:
             a, b = theirs["data"], ours["data"]
             assert a.chunks == b.chunks and a.maxshape == b.maxshape
-            filters = [data.id.get_create_plist().get_filter(0) for data in (a, b)]
+            filters = [x.id.get_create_plist().get_filter(0) for x in (a, b)]
             assert filters[0] == filters[1]
 
 
@@ -2391,8 +1817,8 @@ def test_write_sequence_gives_every_window_its_histogram(downsample, tmp_path):
     raw_set(tmp_path / "raw", some_labels([100_000, 200_000, 300_000]), events)
     prepare.prepare(tmp_path / "raw", tmp_path / "out", downsample=downsample)
     got = load(tmp_path / "out/train/a")
-    data = got[formats.FILES["full" if downsample == "none" else "half"]]
-    for frame, end in zip(data, got["stacke/timestamps_us.npy"], strict=True):
+    frames = got[data.FILES["full" if downsample == "none" else "half"]]
+    for frame, end in zip(frames, got["stacke/timestamps_us.npy"], strict=True):
         inside = (events[0] >= end - 50_000) & (events[0] <= end)
         window = [column[inside] for column in events]
         np.testing.assert_array_equal(frame, slow_histogram(*window, 48, 64, downsample))
@@ -2411,20 +1837,6 @@ def test_prepare_keeps_small_boxes_of_own_data_and_numbers_their_classes(tmp_pat
     assert got["objframe_idx_2_label_idx"].tolist() == [0, 2, 4, 6, 8, 10]
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == ["dataset.json", "test", "train"]
-
-
-def test_prepare_skips_a_sequence_without_labels_or_events_left(tmp_path, capsys):
-    raw = raw_set(tmp_path / "raw", some_labels([100_000, 200_000], class_id=9), names=("skipped",))
-    raw_set(raw, some_labels([10_000, 20_000]), names=("early",))
-    raw_set(raw, some_labels([]), names=("none",))
-    raw_set(raw, some_labels([200_000, 300_000]), np.zeros((4, 0)), names=("empty",))
-    write_h5(raw / "train" / "unlabelled and empty.h5", [], [], [], [])
-    with pytest.raises(ValueError, match="nothing was prepared"):
-        prepare.main([f"--src={raw}", f"--dst={tmp_path}/out", "--dataset=etram"])
-    said = capsys.readouterr().out
-    assert "2 boxes of unknown class" in said and "2 label times left out" in said
-    raw_set(raw, names=("unlabelled",))
-    assert prepare.prepare(raw, tmp_path / "out", "etram") == {"skipped": 5, "prepared": 1}
 
 
 def test_prepare_gives_a_recording_without_labels_windows_from_its_first_event_on(tmp_path):
@@ -2447,42 +1859,6 @@ def test_run_jobs_writes_with_two_processes_what_one_writes(tmp_path):
 
 
 # ==== simulate.py
-
-
-SMALL_SCENE = dict(train=1, val=2, test=0, seconds=1.0, height=48, width=64, sizes=(2.0, 8.0),
-                   users=8.0)
-SMALL_NAMES = ("train/train_0000", "val/val_0000", "val/val_0001")
-
-
-@pytest.fixture(scope="module")
-def small_traffic(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small_traffic")
-    simulate.simulate(folder, 0, **SMALL_SCENE)
-    return folder
-
-
-def raw_recording(folder, name):
-    """Events (t, x, y, p) and boxes of a raw recording."""
-    events = map(np.concatenate, zip(*prepare.Recording(folder / f"{name}_td.h5").chunks()))
-    return *events, np.load(folder / f"{name}_bbox.npy")
-
-
-def two_cars():
-    """A plain scene of 48 x 64 px and two cars in one place, the first before the second."""
-    ground = np.zeros((48, 64), np.float32)
-    scene = SimpleNamespace(ground=ground, sizes=(3, 8), horizon=8, camera=4, road=0, night=False)
-    cars = [simulate.make_thing(np.random.default_rng(1), 1, scene, 120) for _ in range(2)]
-    for distance, car in enumerate(cars, 1):
-        car.depth[:] = distance
-        car.box_xyxy[:] = (10, 20, 26, 28)
-        car.moved[:] = 100
-    return scene, *cars
-
-
-def sensor_before(image):
-    sensor = simulate.Sensor(np.random.default_rng(0), np.float32(image), 1)
-    sensor.threshold[:] = 0.2
-    return sensor
 
 
 def test_simulate_depends_on_the_seed_alone(small_traffic, tmp_path):
@@ -2508,8 +1884,8 @@ def test_simulate_keeps_to_the_frame_in_time_and_space(small_traffic, name):
     assert (np.unique(boxes["t"]) % 33_333 < 30).all()  # 30 Hz
 
 
-def test_render_covers_pixels_by_their_share():
-    scene, car, _ = two_cars()
+def test_render_covers_pixels_by_their_share(two_cars):
+    scene, car, _ = two_cars
     car.picture[:] = 1  # log intensity, and cover
     car.box_xyxy[:] = (10.25, 20, 26, 27.5)
     image, owner = simulate.render(scene, [car], 0)
@@ -2519,8 +1895,8 @@ def test_render_covers_pixels_by_their_share():
     assert (owner[20:27, 10:26] == 0).all()
 
 
-def test_labels_at_leaves_out_hidden_unmoved_and_tiny_things():
-    scene, wall, car = two_cars()
+def test_labels_at_leaves_out_hidden_unmoved_and_tiny_things(two_cars):
+    scene, wall, car = two_cars
     wall.picture[1] = 1
     wall.moved[:] = 0
     wall.box_xyxy[:] = (40, 10, 60, 30)
@@ -2559,8 +1935,8 @@ def test_sensor_is_dead_for_a_while_after_an_event():
     assert len(times) > 10 and np.diff(times).min() >= simulate.REFRACTORY_US
 
 
-def test_sensor_sees_nothing_of_what_stands_still():
-    scene, car, _ = two_cars()
+def test_sensor_sees_nothing_of_what_stands_still(two_cars):
+    scene, car, _ = two_cars
     car.box_xyxy += 0.5 * np.arange(120).clip(0, 59)[:, None] * (1, 0, 1, 0)
     sensor = sensor_before(simulate.render(scene, [car], 0)[0])
     counts = []
@@ -2571,51 +1947,7 @@ def test_sensor_sees_nothing_of_what_stands_still():
     assert np.abs(sensor.level - sensor.before).max() < 0.201  # all but a threshold was told
 
 
-def test_simulate_interrupted_leaves_no_half_recording(small_traffic, tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "save", lambda *a: 1 / 0)  # once the events are written
-    with pytest.raises(ZeroDivisionError):
-        simulate.simulate(tmp_path, 0, **SMALL_SCENE)
-    assert not list(tmp_path.glob("*/*_td.h5"))
-    monkeypatch.undo()
-    simulate.simulate(tmp_path, 0, **SMALL_SCENE)
-    both = [raw_recording(folder, SMALL_NAMES[0]) for folder in (small_traffic, tmp_path)]
-    assert all(map(np.array_equal, *both))
-    monkeypatch.setattr(simulate, "make_scene", lambda *a: pytest.fail("simulated again"))
-    simulate.simulate(tmp_path, 0, **SMALL_SCENE)
-
-
-def test_ensure_toy_makes_the_set_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
-    monkeypatch.setattr(simulate, "defaults", simulate.defaults | SMALL_SCENE)
-    (tmp_path / "toy/.partial").mkdir(parents=True)  # as an interrupted prepare.py leaves it
-    simulate.ensure_toy(tmp_path / "toy", 0)
-    assert len(list((tmp_path / "toy/val").iterdir())) == 2
-    prepared = load(tmp_path / "toy/val/val_0000")
-    assert prepared["event_representations_ds2_nearest.h5"].shape[1:] == (20, 24, 32)
-    assert prepared["labels"]["w"].min() < 10
-    monkeypatch.setattr(simulate, "simulate", lambda *a: pytest.fail("made again"))
-    simulate.ensure_toy(tmp_path / "toy", 0)
-
-
-def test_simulate_names_wrong_options(tmp_path):
-    with pytest.raises(ValueError, match="sizes=.9, 6."):
-        simulate.simulate(tmp_path, sizes=(9, 6))
-    with pytest.raises(ValueError, match="0.2 or more"):
-        simulate.simulate(tmp_path, seconds=0.0)
-    with pytest.raises(ValueError, match="unknown key"):
-        simulate.main(["--second=3"])
-
-
 # ==== demo.py
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    return write_checkpoint(tmp_path / "ckpt.pt", small_detector(), class_names=NAMES)
-
-
-def run_demo(checkpoint, recording, out, *options):
-    paths = (f"--ckpt={checkpoint}", f"--recording={recording}", f"--out={out}")
-    demo.main([*paths, "--confidence=0.01", "--device=cpu", *options])
 
 
 def test_demo_writes_video_and_boxes(tmp_path, checkpoint, capsys):
@@ -2672,47 +2004,18 @@ def test_demo_reads_a_sensor_of_twice_the_size_at_half_resolution_and_others_as_
     assert (tmp_path / "a.gif").exists()
 
 
-@pytest.mark.parametrize("kind", ["cut", "empty", "text", "absent"])
-def test_demo_leaves_nothing_behind_a_bad_recording(tmp_path, checkpoint, kind):
-    recording = tmp_path / "bad.h5"
-    if kind in ("cut", "empty"):
-        whole = write_recording(recording, events=200_000 * (kind == "cut")).read_bytes()
-        recording.write_bytes(whole[:100_000])
-    if kind == "text":
-        recording.write_text("hello")
-    before = set(tmp_path.iterdir())
-    with pytest.raises((ValueError, OSError), match="bad.h5"):
-        run_demo(checkpoint, recording, tmp_path / "out.gif", f"--boxes={tmp_path / 'b.npy'}")
-    assert set(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize("option, word", [
-    ("--class_names=a,b", "class_names"), ("--dtype=int8", "dtype"),
-    ("--recording=notes.txt", "notes.txt"), ("--recording=nowhere", "nowhere"),
-    ("--recording=", "expected --recording"),
-    ("--out=x.avi", "expected --recording"), ("--boxes=x.txt", "expected --recording")])
-def test_demo_names_what_does_not_fit(tmp_path, checkpoint, option, word):
-    recording = write_recording(tmp_path / "drive_td.h5")
-    with pytest.raises((ValueError, OSError), match=word):
-        run_demo(checkpoint, recording, tmp_path / "e.gif", option)
-
-
 # ==== bench.py
 
 
-def test_bench_memory_main_ends_with_json_and_kept_gib_shrinks_by_recomputation(capsys):
-    argv = ["--input_hw=48,64", "--embed_dim=16", "--dim_head=8", "--batch_sizes=1,2"]
-    bench_memory.main([*argv, "--device=cpu"])
+def test_bench_memory_main_ends_with_json(capsys):
+    argv = ["--input_hw=48,64", "--embed_dim=16", "--dim_head=8", "--device=cpu"]
+    bench_memory.main([*argv, "--batch_sizes=1,2"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     one, two = result["rows"]
     assert (one["batch"], two["batch"]) == (1, 2)
     assert one["peak_gib"] > 0 and one["step_s"] > 0
     assert two["kept_gib"] == pytest.approx(2 * one["kept_gib"], rel=0.1)
     assert one["parts"]["stages"] > one["parts"]["heads"] > 0
-    bench_memory.main([*argv[:3], "--batch_sizes=1", "--checkpointing", "--device=cpu"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["rows"][0]["kept_gib"] < 0.8 * one["kept_gib"]
-    assert result["largest_batch"] == "n/a"  # of one row
 
 
 def test_largest_batch_lies_on_the_line_through_the_peaks():
@@ -2732,8 +2035,7 @@ def test_intervals_span_what_differs_between_the_seeds():
 
 
 def test_ablation_main_writes_table_and_picture_and_trains_nothing_twice(
-    traffic, tmp_path, monkeypatch
-):
+        traffic, tmp_path, monkeypatch):
     arms = {"baseline_3scale": [*TINY], "4scale": [*TINY, "--fpn_stages=1,2,3,4"]}
     monkeypatch.setattr(ablation, "ARMS", arms)
     monkeypatch.setattr(ablation, "COSTLY", 1.2)
@@ -2747,10 +2049,3 @@ def test_ablation_main_writes_table_and_picture_and_trains_nothing_twice(
     written = (tmp_path / "4scale_2_0/ckpt.pt").stat().st_mtime_ns
     ablation.main(argv)
     assert (tmp_path / "4scale_2_0/ckpt.pt").stat().st_mtime_ns == written
-
-
-def test_train_run_names_the_run_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "ARMS", {"wrong": ["--patch_size=7"]})
-    config = SimpleNamespace(**ablation.defaults)
-    with pytest.raises(ValueError, match="wrong: error: patch_size=7"):
-        ablation.train_run(f"{tmp_path}/wrong", "wrong", 2, 0, config)

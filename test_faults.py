@@ -11,16 +11,19 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import hdf5plugin
@@ -28,53 +31,69 @@ import numpy as np
 import pytest
 import torch
 
+import ablation
 import configurator
 import data
 import detect
 import eval as evaluation
 import formats
 import prepare
+import simulate
 import train
-from checkpoint import load_detector
+from checkpoint import load_detector, load_rvt, load_weights, read_checkpoint
 from conftest import (
+    BLOSC,
     BOX,
     GRID_US,
     KEYS,
     NAMES,
     ROOT,
+    SMALL_NAMES,
+    SMALL_SCENE,
     TINY,
     Hostile,
     MemorySequence,
     assert_same,
     assert_same_run,
     checkpoint_of,
-    four_anchors,
     load,
     make_boxes,
     make_set,
     plan,
     random_events,
+    raw_recording,
     raw_set,
+    read_events,
     read_times,
+    run_demo,
     run_train,
     same_tree,
     shared,
     small_detector,
     soak,
+    some_boxes,
     some_events,
     some_labels,
     some_report,
+    tiny_detector,
+    torchrun,
+    trained,
+    write_checkpoint,
+    write_dat,
     write_h5,
     write_prepared,
+    write_recording,
     write_sequence,
     write_table,
-    write_trained,
 )
 from data import FILES, REPRESENTATION, Augmentation, augment, make_loader, open_split
-from detect import StreamDetector, detections, run, score_boxes
+from detect import StreamDetector, detections, nms, run, score_boxes
 from eval import compare
 from formats import BOX_DTYPE, histogram
-from prepare import Recording
+from loss import SizeAware
+from model import ModelConfig
+from pictures import draw
+from prepare import Recording, label_frames, read_labels
 
 # ==== faults.py
 
@@ -151,6 +170,23 @@ def survive(cases, least=10):
     assert process.exitcode == 0, f"{what}: the process ended with status {process.exitcode}"
     assert len(found) == 2, "\n".join(f"{what}: {said}" for said, what in list(found.items())[2:])
     assert min(found.values()) >= least, found
+
+
+# ==== model.py
+
+
+@pytest.mark.parametrize("key, value", [
+    ("fpn_stages", (2, 4)), ("fpn_stages", (3, 2)), ("fpn_stages", (4,)), ("patch_size", 5),
+    ("embed_dim", 20), ("embed_dim", 0), ("dim_head", 24), ("dim_head", 0),
+    ("partition_split", -1), ("partition_split", 100)])
+def test_model_config_names_what_cannot_work(key, value):
+    with pytest.raises(ValueError, match=f"^{key}="):
+        ModelConfig(**{key: value})
+
+
+def test_detector_refuses_frames_of_another_size():
+    with pytest.raises(ValueError, match="40x64.*built for .48, 64"):
+        tiny_detector()(random_events(1, 1, 20, 40, 64))
 
 
 # ==== checkpoint.py
@@ -242,6 +278,76 @@ def test_damaged_rvt_checkpoints_are_named(tmp_path):
 
     rng = np.random.default_rng(4)
     survive(damaged_checkpoints(rng, 40, tmp_path, whole, [load]))
+
+
+def test_read_checkpoint_names_what_is_none_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint("good.pt", tiny_detector())
+    assert read_checkpoint("good.pt")["model_config"]["embed_dim"] == 16
+    whole = Path("good.pt").read_bytes()
+    Path("cut.pt").write_bytes(whole[: len(whole) // 2])
+    Path("empty.pt").write_bytes(b"")
+    Path("text.pt").write_text("no checkpoint")
+    Path("raw.pt").write_bytes(pickle.dumps({"state_dict": Hostile()}))
+    torch.save({"a": 1}, "other.pt")
+    torch.save({"state_dict": {}, "callbacks": Hostile()}, "hostile.pt")
+    for name, word in (
+            ("cut.pt", "truncated"), ("empty.pt", "not a checkpoint"), ("raw.pt", "raw.pt"),
+            ("text.pt", "not a checkpoint"), ("other.pt", "no checkpoint of"),
+            ("hostile.pt", "convert it"), ("missing.pt", "no such")):
+        with pytest.raises(ValueError, match=word) as error:
+            read_checkpoint(name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    assert not Path("hostile_code_ran").exists()
+
+
+def test_load_weights_names_what_does_not_fit():
+    detector = tiny_detector()
+    weights = detector.state_dict()
+    sparse = weights["stages.0.norm.bias"].to_sparse()
+    for name, x, words in (
+            ("stages.0.norm.bias", None, "is missing in the file"),
+            ("stages.0.norm.bias", torch.zeros(3), "is .3,. in the file, .16,. in the model"),
+            ("stages.0.norm.bias", sparse, "is Tensor in the file"),
+            ("stages.9.norm.bias", torch.zeros(3), "is .3,. in the file, missing in the model")):
+        changed = weights | {name: x}
+        with pytest.raises(ValueError, match=f"^a.pt: 1 weights do not fit .*{name} {words}"):
+            load_weights(detector, changed, "a.pt", new_classes=True)
+    with pytest.raises(ValueError, match="6 weights do not fit"):
+        load_weights(tiny_detector(num_classes=5), weights, "a.pt")
+    with pytest.raises(ValueError, match="do not fit"):  # another architecture as well
+        load_weights(tiny_detector(num_classes=5, embed_dim=24), weights, "a.pt", new_classes=True)
+
+
+def test_load_rvt_names_what_is_unmatched(tmp_path):
+    path = tmp_path / "changed.ckpt"
+    reference = torch.load(shared("reference/rvt_tiny.pt"), weights_only=True)["checkpoint"]
+    for change, words in (
+        ({"mdl.backbone.extra": torch.zeros(3)}, "extra is .3,. in the file"),
+        ({"mdl.fpn.bu_conv1.conv.weight": None}, "fpn.down.1.conv.weight is missing"),
+        ({"mdl.yolox_head.cls_preds.1.bias": torch.zeros(5)}, "heads.1.cls_pred.bias is .5,."),
+    ):
+        changed = reference["state_dict"] | change
+        weights = {name: x for name, x in changed.items() if x is not None}
+        torch.save({"state_dict": weights}, path)
+        with pytest.raises(ValueError, match=words):
+            load_rvt(path, input_hw=(128, 160), partition_split=1)
+    torch.save({"state_dict": {"mdl.other": torch.zeros(1)}}, path)
+    with pytest.raises(ValueError, match="changed.ckpt: no checkpoint of RVT"):
+        load_rvt(path, input_hw=(128, 160))
+
+
+# ==== loss.py
+
+
+@pytest.mark.parametrize("wrong", [
+    {"weight_type": "cubic"}, {"size_aware_terms": ("iou", "box")}, {"size_aware_terms": ()},
+    {"size_aware_weight": 0.5}, {"small_threshold": -1}, {"small_threshold": 9216},
+    {"medium_threshold": -1}, {"medium_threshold": 1024}])
+def test_size_aware_names_what_cannot_work(wrong):
+    [(key, value)] = wrong.items()
+    with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}")):
+        SizeAware(**wrong)
 
 
 # ==== data.py
@@ -337,6 +443,26 @@ def test_augmentation_out_of_its_range_names_key_and_value(key, value):
         Augmentation(**{key: value})
 
 
+def test_sequence_takes_labels_of_other_fields_types_and_orders(tmp_path):
+    write_sequence(tmp_path / "a", {1: [BOX]}, 3)
+    dtype = [("class_id", ">u2"), ("t", "<u8"), *((name, "<f8") for name in "hwyx"), ("new", "?")]
+    labels = np.array([(3, 7, 16, 20, 8, 10, True)], dtype)
+    arrays = dict(labels=labels, objframe_idx_2_label_idx=np.array([0], np.uint32))
+    np.savez(tmp_path / "a/labels_v2/labels.npz", **arrays)
+    assert data.Sequence(tmp_path / "a").boxes[0].tolist() == [(7, 5, 4, 10, 8, 3, 1, 1)]
+
+
+@pytest.mark.parametrize("filters", [
+    BLOSC, hdf5plugin.Blosc(cname="zstd", clevel=9, shuffle=0), hdf5plugin.Blosc(cname="lz4"),
+    hdf5plugin.Blosc(cname="zstd", clevel=0), hdf5plugin.Blosc(cname="zstd", shuffle=2),
+    hdf5plugin.Blosc2(cname="zstd"), dict(shuffle=True, **BLOSC), dict(compression="gzip")])
+def test_sequence_read_decodes_whatever_the_compression(tmp_path, filters):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 48, 64))
+    for name, fill in (("sparse", None), ("zero", 0), ("noise", noise)):
+        frames = write_sequence(tmp_path / name, {}, 3, hw=(48, 64), fill=fill, **filters)
+        assert np.array_equal(data.Sequence(tmp_path / name).read(0, 3), frames)
+
+
 def overwrite_frame(sequence, frame, place, content):
     """Overwrite the stored bytes of an event frame from `place` on."""
     at = data.open_events(sequence.file).id.get_chunk_info(frame).byte_offset + place
@@ -418,6 +544,13 @@ def test_data_main_finds_what_training_would_fail_on(tmp_path, capsys):
     assert cut.startswith(f"FINDING: {tmp_path}/test/s1: ")
 
 
+def test_data_main_warns_where_its_picture_cannot_be_written(tmp_path, capsys):
+    make_set(tmp_path, [[1]], length=3)
+    (tmp_path / "file").touch()
+    data.main([str(tmp_path), "--split=train", f"--picture={tmp_path}/file/sizes.png"])
+    assert "WARNING: no picture" in capsys.readouterr().out
+
+
 # ==== configurator.py
 
 
@@ -448,6 +581,27 @@ def test_configure_names_a_mistake_in_a_file(tmp_path, text, word):
 def test_configure_names_a_mistake_on_the_command_line(argv, word):
     with pytest.raises(ValueError, match=word):
         configurator.configure(KEYS, argv)
+
+
+def test_command_line_ends_in_one_line_for_a_mistake_and_in_130_for_ctrl_c():
+    def mistaken(argv):
+        raise ValueError("two\n  lines")
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="^error: two lines$"):
+        configurator.command_line(mistaken)
+    with pytest.raises(SystemExit, match="^130$"):
+        configurator.command_line(interrupted)
+
+
+def test_command_line_shows_where_a_bug_is():
+    def buggy(argv):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        configurator.command_line(buggy)
 
 
 # ==== train.py
@@ -555,6 +709,34 @@ def test_train_stops_at_once_at_a_second_ctrl_c_and_leaves_the_checkpoint(traffi
     assert_same(before, checkpoint_of(tmp_path)["model"])
 
 
+def test_train_in_a_thread_as_a_notebook_does(traffic, tmp_path):
+    argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1"]
+    thread = threading.Thread(target=run_train, args=argv)
+    thread.start()
+    thread.join()
+    assert checkpoint_of(tmp_path)["step"] == 1
+
+
+def test_two_processes_stop_at_one_step_by_sigterm_resume_and_evaluate(traffic, tmp_path):
+    argv = ["train.py", *TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
+    process = torchrun(*argv, "--eval_interval=2", start=subprocess.Popen,
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None and not (tmp_path / "best.pt").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    checkpoint = checkpoint_of(tmp_path)
+    step = checkpoint["step"]
+    assert f"stopped at step {step}" in output
+    assert len(checkpoint["states"]) == 2 and step >= 2
+    again = ["--init_from=resume", f"--max_steps={step + 1}"]
+    more = torchrun("train.py", f"--out_dir={tmp_path}", *again, capture_output=True)
+    assert more.returncode == 0, more.stderr
+    assert checkpoint_of(tmp_path)["step"] == step + 1
+    done = torchrun("eval.py", f"--ckpt={tmp_path}/ckpt.pt", capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_train_on_a_full_disk_leaves_the_checkpoint_before(traffic, tmp_path):
     argv = [*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
     assert run_train(*argv, "--max_steps=1") == 0
@@ -594,6 +776,12 @@ def test_train_from_poisoned_weights_ends_the_run(traffic, tmp_path):
     with pytest.raises(ValueError, match="2 steps in a row"):
         train.main([*argv, f"--out_dir={tmp_path}/b", f"--init_from={tmp_path}/poisoned.pt",
                     "--max_steps=9", "--max_bad_steps=2"])
+
+
+def test_train_refuses_weights_of_another_architecture(traffic, tmp_path):
+    write_checkpoint(tmp_path / "a.pt", tiny_detector())
+    with pytest.raises(ValueError, match="a.pt: .* weights do not fit"):
+        trained(traffic, tmp_path / "out", f"--init_from={tmp_path}/a.pt", "--embed_dim=32")
 
 
 @pytest.mark.parametrize("kind", ["longer", "shorter", "of stride 0"])
@@ -677,6 +865,27 @@ def test_train_refuses_an_out_dir_that_holds_a_checkpoint(traffic, tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
+def test_resume_takes_changed_options_and_a_moved_folder(traffic, tmp_path):
+    trained(traffic, f"{tmp_path}/a/", "--max_steps=1")
+    (tmp_path / "a").rename(tmp_path / "b")
+    options = ["--init_from=resume", "--max_steps=2", "--weight_decay=0.5"]
+    assert run_train(f"--out_dir={tmp_path}/b", *options) == 0
+    checkpoint = checkpoint_of(tmp_path / "b")
+    assert checkpoint["step"] == 2
+    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert "init_from = 'scratch'" in (tmp_path / "b/config.py").read_text()
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("option", ["--sequence_length=2", "--batch_size=1", "--seed=3"])
+def test_resume_with_other_streams_starts_their_states_at_zero(
+        option, traffic, tmp_path, monkeypatch, capsys):
+    checkpoint = trained(traffic, tmp_path, "--max_steps=1")
+    assert any(x.any() for x in checkpoint["states"][0][0])
+    assert run_train(f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=1", option) == 0
+    assert "their states start at 0" in capsys.readouterr().out
+
+
 def test_resume_of_weights_without_a_training_state_is_refused(traffic, tmp_path):
     assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1") == 0
     checkpoint = checkpoint_of(tmp_path)
@@ -739,6 +948,14 @@ def test_max_memory_gib_and_max_loss_ratio_end_the_run(options, word, traffic, t
     assert checkpoint_of(tmp_path)["step"] == 0
 
 
+def test_train_on_frames_of_one_cell_says_to_raise_batch_size(tmp_path):
+    for split in ("train", "val"):
+        make_set(tmp_path, [[2, 3]], split, length=5, hw=(32, 32))
+    argv = [*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out", "--num_classes=2"]
+    with pytest.raises(ValueError, match="raise batch_size"):
+        train.main([*argv, "--batch_size=1"])
+
+
 # ==== eval.py
 
 
@@ -751,9 +968,9 @@ def test_stream_detector_refuses_a_frame_of_another_size_and_goes_on():
     assert detector(frame)["t"][0] == 50_000  # the clock did not move meanwhile
 
 
-def test_detections_and_score_boxes_refuse_an_unknown_score_or_filter():
+def test_detections_and_score_boxes_refuse_an_unknown_score_or_filter(four_anchors):
     with pytest.raises(ValueError, match="expected cls or obj"):
-        detections(four_anchors(), [7, 8], score="obj")
+        detections(four_anchors, [7, 8], score="obj")
     with pytest.raises(ValueError, match="box_filter='psee': expected none or prophesee"):
         score_boxes([], [], 64, 64, NAMES, "psee")
 
@@ -777,34 +994,54 @@ def test_compare_refuses_other_protocols_and_what_is_no_report(tmp_path):
             compare(paths)
 
 
-def test_main_finds_a_folder_that_cannot_be_written_before_it_evaluates(tmp_path, monkeypatch):
-    trained = write_trained(tmp_path)
+def test_compare_without_reports_says_how():
+    with pytest.raises(ValueError, match="needs reports"):
+        evaluation.main(["--compare"])
+
+
+def test_main_finds_a_folder_that_cannot_be_written_before_it_evaluates(ckpt, monkeypatch):
     monkeypatch.setattr(evaluation, "run", None)
     with pytest.raises(ValueError, match="no report can be written to .*ckpt.pt.eval; choose"):
-        evaluation.main([f"--ckpt={trained}", f"--out_dir={trained}"])
+        evaluation.main([f"--ckpt={ckpt}", f"--out_dir={ckpt}"])
 
 
-def test_main_refuses_other_classes(tmp_path):
-    trained = write_trained(tmp_path)
+def test_main_refuses_other_classes(ckpt, tmp_path):
     other = write_prepared(tmp_path / "three", classes=NAMES[:3])
     with pytest.raises(ValueError, match="3 class_names, num_classes=4"):
-        evaluation.main([f"--ckpt={trained}", f"--data_dir={other}"])
+        evaluation.main([f"--ckpt={ckpt}", f"--data_dir={other}"])
     turned = write_prepared(tmp_path / "turned", classes=NAMES[::-1])
     with pytest.raises(ValueError, match="ckpt.pt is for 4 classes"):
-        evaluation.main([f"--ckpt={trained}", f"--data_dir={turned}"])
+        evaluation.main([f"--ckpt={ckpt}", f"--data_dir={turned}"])
 
 
-def test_main_names_what_is_wrong(tmp_path):
-    trained = write_trained(tmp_path)
+def test_main_names_what_is_wrong(ckpt):
     words = {"--score=objectness": "score", "--dtype=int8": "dtype", "--split=val": "val"}
     words |= {"--spilt=val": "did you mean split", "--confidence=-1": "confidence"}
     words |= {"--ckpt=nowhere.pt": "nowhere.pt: no such", f"--ckpt={__file__}": "not a checkpoint"}
     for word, message in words.items():
         with pytest.raises(ValueError, match=message):
-            evaluation.main([f"--ckpt={trained}", word])
+            evaluation.main([f"--ckpt={ckpt}", word])
+
+
+# ==== pictures.py
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, -1e30])
+def test_draw_of_boxes_that_are_no_numbers_or_lie_far_outside(value):
+    places = [(value, 3, 10, 10), (3, value, 10, 10), (3, 3, abs(value), 10)]
+    boxes = some_boxes(0, places, 1, 0.5)
+    assert draw(np.zeros((20, 32, 100), np.uint8), boxes, NAMES, boxes).size == (500, 160)
 
 
 # ---- long runs
+
+
+def test_nms_of_many_boxes_in_bounded_blocks():
+    torch.manual_seed(0)
+    corner = 8 * torch.randint(0, 40, (20_000, 2)).float()
+    box = torch.cat((corner, corner + 10), 1)  # neighbours overlap by less than the threshold
+    kept = nms(box, torch.rand(20_000), torch.zeros(20_000), 0.45)
+    assert len(kept) == len(corner.unique(dim=0)) == len(corner[kept].unique(dim=0))
 
 
 def resident_mb():
@@ -869,9 +1106,7 @@ def raw_recordings(folder):
             file.create_dataset(f"events/{key}", data=column.astype(kind), chunks=(1000,), **blosc)
         file["events/height"] = 48
         file["events/width"] = 64
-    records = np.stack((t, x | y << 14 | p << 28), 1).astype("<u4").tobytes()
-    header = b"% Version 2\n% Height 48\n% Width 64\n\x00\x08"
-    (folder / "a_td.dat").write_bytes(header + records)
+    write_dat(folder / "a_td.dat", t, x, y, p)
     with contextlib.suppress(ImportError):
         import faery
         events = np.empty(len(t), faery.EVENTS_DTYPE)
@@ -1054,11 +1289,33 @@ def test_read_h5_names_a_missing_filter_and_other_columns(tmp_path, monkeypatch)
         Recording(tmp_path / "b.h5")
 
 
+def test_read_h5_names_how_to_tell_a_size_that_is_missing(tmp_path):
+    path = write_h5(tmp_path / "b.hdf5", *some_events(100, 50_000), size=None, group="CD/events")
+    with pytest.raises(ValueError, match="b.hdf5: the sensor's size.*--height"):
+        Recording(path)
+
+
+def test_read_h5_takes_no_lock_on_the_file(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    columns = some_events(2500, 10**6)
+    write_table(tmp_path / "a.hdf5", *columns)
+    with open(tmp_path / "a.hdf5", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        got = read_events(Recording(tmp_path / "a.hdf5", 48, 64))
+    np.testing.assert_array_equal(got, columns)
+
+
 def test_read_faery_names_the_package_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faery", None)
     (tmp_path / "a.raw").write_bytes(b"% evt 3.0\n")
     with pytest.raises(ValueError, match="a.raw.*pip install faery"):
         Recording(tmp_path / "a.raw", 720, 1280)
+
+
+def test_read_dat_reads_the_events_before_one_that_is_cut_off(tmp_path):
+    path = write_dat(tmp_path / "a_td.dat", *some_events(350, 10**6))
+    path.write_bytes(path.read_bytes()[:-3])
+    assert len(read_events(Recording(path))[0]) == 349
 
 
 def test_unreadable_recordings_are_named_in_one_line(tmp_path):
@@ -1072,6 +1329,15 @@ def test_unreadable_recordings_are_named_in_one_line(tmp_path):
     for name in (*contents, "absent.h5", "events.txt"):
         with pytest.raises(ValueError, match=f"^.*{name}.*$"):
             list(Recording(tmp_path / name, 48, 64).chunks())
+
+
+def test_chunks_raise_times_that_go_backwards_across_blocks_and_count_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 4)
+    t = np.array([5, 9, 8, 10, 3, 12, 12, 40, 13, 14, 15, 50])
+    recording, got = read_times(tmp_path / "a_td.h5", t)
+    np.testing.assert_array_equal(got, np.maximum.accumulate(t))
+    assert recording.backwards == 5 and recording.events == 12
+    assert (recording.first_us, recording.last_us) == (5, 50)
 
 
 @pytest.mark.parametrize("at, time_us", [
@@ -1156,6 +1422,14 @@ def test_prepare_reports_what_is_odd_about_events(change, words, tmp_path, capsy
     assert words in capsys.readouterr().out
 
 
+def test_read_labels_names_the_fields_that_it_expects(tmp_path):
+    old = np.zeros(3, [("ts", "<u8"), ("x", "<f4"), ("y", "<f4")])
+    for other in (old, np.zeros((20, 8))):
+        np.save(tmp_path / "c_bbox.npy", other)
+        with pytest.raises(ValueError, match="c_bbox.npy .expected: an array with fields t x y"):
+            read_labels(tmp_path / "c_bbox.npy")
+
+
 def test_name_classes_makes_numbers_names_and_refuses_ids_from_one(tmp_path):
     raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:6], class_id=[1, 2, 3] * 2))
     with pytest.raises(ValueError, match="class ids .1, 2, 3.*0 to 2: a, b, c"):
@@ -1163,6 +1437,44 @@ def test_name_classes_makes_numbers_names_and_refuses_ids_from_one(tmp_path):
     prepare.prepare(raw, tmp_path / "out", class_names=(10, 20, 30, 40))
     about = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert about["classes"] == ["10", "20", "30", "40"]
+
+
+def test_prepare_skips_a_sequence_without_labels_or_events_left(tmp_path, capsys):
+    raw = raw_set(tmp_path / "raw", some_labels([100_000, 200_000], class_id=9), names=("skipped",))
+    raw_set(raw, some_labels([10_000, 20_000]), names=("early",))
+    raw_set(raw, some_labels([]), names=("none",))
+    raw_set(raw, some_labels([200_000, 300_000]), np.zeros((4, 0)), names=("empty",))
+    write_h5(raw / "train" / "unlabelled and empty.h5", [], [], [], [])
+    with pytest.raises(ValueError, match="nothing was prepared"):
+        prepare.main([f"--src={raw}", f"--dst={tmp_path}/out", "--dataset=etram"])
+    said = capsys.readouterr().out
+    assert "2 boxes of unknown class" in said and "2 label times left out" in said
+    raw_set(raw, names=("unlabelled",))
+    assert prepare.prepare(raw, tmp_path / "out", "etram") == {"skipped": 5, "prepared": 1}
+
+
+@pytest.mark.parametrize("hertz, jitter_us, share", [
+    (10, 1_000, 0.97), (10, 3_000, 0.95), (10, 10_000, 0.9), (30, 3_000, 0.9), (20, 8_000, 0.85)])
+def test_label_frames_keep_one_about_every_100_ms_where_labels_jitter(hertz, jitter_us, share):
+    rng = np.random.default_rng(0)
+    times = np.arange(1, 100 * hertz) * (1_000_000 // hertz)
+    times = np.unique(times + rng.normal(0, jitter_us, len(times)).astype(int))
+    assert len(label_frames(times, 0)[0]) > share * 1000
+
+
+@pytest.mark.parametrize("hertz", [15, 30, 170, 1000])
+def test_label_frames_keep_one_about_every_100_ms_at_random_times_and_of_two_sources(hertz):
+    rng = np.random.default_rng(0)
+    times = np.unique(rng.integers(100_000, 100_000_000, 100 * hertz))
+    assert len(label_frames(times, 0)[0]) > 100_000_000 / (100_000 + 1_100_000 / hertz)
+    two = np.unique(np.concatenate([np.arange(1, 1000), np.arange(1, 1000) + 0.37]) * 100_000)
+    assert len(label_frames(two.astype(int), 0)[0]) == 999
+
+
+def test_label_frames_take_an_hour_of_labels_in_linear_time():
+    began = time.perf_counter()
+    assert len(label_frames(np.arange(100_000, 3_600_000_000, 33_333), 0)[0]) == 36_000
+    assert time.perf_counter() - began < 2
 
 
 def test_prepare_resumes_and_an_interrupted_run_leaves_no_half_sequence(tmp_path, monkeypatch):
@@ -1197,3 +1509,78 @@ def test_prepare_names_wrong_options_and_folders(tmp_path):
         with pytest.raises(ValueError, match="a dataset of.*gen4.*sides5.*nearest"):
             prepare.prepare(tmp_path, tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
+
+
+# ==== simulate.py
+
+
+def test_simulate_interrupted_leaves_no_half_recording(small_traffic, tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "save", lambda *a: 1 / 0)  # once the events are written
+    with pytest.raises(ZeroDivisionError):
+        simulate.simulate(tmp_path, 0, **SMALL_SCENE)
+    assert not list(tmp_path.glob("*/*_td.h5"))
+    monkeypatch.undo()
+    simulate.simulate(tmp_path, 0, **SMALL_SCENE)
+    both = [raw_recording(folder, SMALL_NAMES[0]) for folder in (small_traffic, tmp_path)]
+    assert all(map(np.array_equal, *both))
+    monkeypatch.setattr(simulate, "make_scene", lambda *a: pytest.fail("simulated again"))
+    simulate.simulate(tmp_path, 0, **SMALL_SCENE)
+
+
+def test_ensure_toy_makes_the_set_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr(simulate, "defaults", simulate.defaults | SMALL_SCENE)
+    (tmp_path / "toy/.partial").mkdir(parents=True)  # as an interrupted prepare.py leaves it
+    simulate.ensure_toy(tmp_path / "toy", 0)
+    assert len(list((tmp_path / "toy/val").iterdir())) == 2
+    prepared = load(tmp_path / "toy/val/val_0000")
+    assert prepared["event_representations_ds2_nearest.h5"].shape[1:] == (20, 24, 32)
+    assert prepared["labels"]["w"].min() < 10
+    monkeypatch.setattr(simulate, "simulate", lambda *a: pytest.fail("made again"))
+    simulate.ensure_toy(tmp_path / "toy", 0)
+
+
+def test_simulate_names_wrong_options(tmp_path):
+    with pytest.raises(ValueError, match="sizes=.9, 6."):
+        simulate.simulate(tmp_path, sizes=(9, 6))
+    with pytest.raises(ValueError, match="0.2 or more"):
+        simulate.simulate(tmp_path, seconds=0.0)
+    with pytest.raises(ValueError, match="unknown key"):
+        simulate.main(["--second=3"])
+
+
+# ==== demo.py
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "absent"])
+def test_demo_leaves_nothing_behind_a_bad_recording(tmp_path, checkpoint, kind):
+    recording = tmp_path / "bad.h5"
+    if kind in ("cut", "empty"):
+        whole = write_recording(recording, events=200_000 * (kind == "cut")).read_bytes()
+        recording.write_bytes(whole[:100_000])
+    if kind == "text":
+        recording.write_text("hello")
+    before = set(tmp_path.iterdir())
+    with pytest.raises((ValueError, OSError), match="bad.h5"):
+        run_demo(checkpoint, recording, tmp_path / "out.gif", f"--boxes={tmp_path / 'b.npy'}")
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("option, word", [
+    ("--class_names=a,b", "class_names"), ("--dtype=int8", "dtype"),
+    ("--recording=notes.txt", "notes.txt"), ("--recording=nowhere", "nowhere"),
+    ("--recording=", "expected --recording"),
+    ("--out=x.avi", "expected --recording"), ("--boxes=x.txt", "expected --recording")])
+def test_demo_names_what_does_not_fit(tmp_path, checkpoint, option, word):
+    recording = write_recording(tmp_path / "drive_td.h5")
+    with pytest.raises((ValueError, OSError), match=word):
+        run_demo(checkpoint, recording, tmp_path / "e.gif", option)
+
+
+# ==== ablation.py
+
+
+def test_train_run_names_the_run_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "ARMS", {"wrong": ["--patch_size=7"]})
+    config = SimpleNamespace(**ablation.defaults)
+    with pytest.raises(ValueError, match="wrong: error: patch_size=7"):
+        ablation.train_run(f"{tmp_path}/wrong", "wrong", 2, 0, config)
