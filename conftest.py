@@ -656,7 +656,7 @@ def train_on(batch):
 
 def torchrun(*argv, start=subprocess.run, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               "--master_port=29567", *argv]
+               "--standalone", *argv]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     return start(command, text=True, cwd=ROOT, env=env, **options)
 

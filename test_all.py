@@ -1044,28 +1044,19 @@ def test_learning_rate_at_works_for_any_number_of_steps(steps):
 # ---- optimiser
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (8, 40), (40, 8)])
-def test_orthogonal_keeps_directions_and_makes_them_equally_long(shape):
-    x = torch.randn(shape, generator=torch.manual_seed(0))
-    u, _, v = torch.linalg.svd(x, full_matrices=False)
-    lengths = (u.mT @ train.orthogonal(x) @ v.mT).diagonal()
-    assert 0.6 < lengths.min() and lengths.max() < 1.3  # as its authors say
-
-
 def test_muon_equals_torchs_on_matrices_and_adamw_on_vectors():
     torch.manual_seed(0)
     ours = [torch.randn(8, 3, 2, 2), torch.randn(5)]
     matrix, vector = ours[0].flatten(1).clone(), ours[1].clone()
     muon = train.Muon(ours, 0.02, weight_decay=0.1)
-    theirs = [  # its steps are 0.2 of the learning rate, taken in bfloat16
-        torch.optim.Muon([matrix], 0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([vector], 0.02, weight_decay=0.1)]
+    theirs = torch.optim.Muon(  # its steps are 0.2 of the learning rate, taken in bfloat16
+        [matrix], 0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([vector], 0.02, weight_decay=0.1)
     for _ in range(3):
         for p, q in zip(ours, (matrix, vector)):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.reshape(q.shape)
-        muon.step()
-        for optimizer in theirs:
+        for optimizer in (muon, theirs, adamw):
             optimizer.step()
     torch.testing.assert_close(ours[0].flatten(1), matrix, atol=4e-3, rtol=0)
     torch.testing.assert_close(ours[1], vector)
@@ -1294,6 +1285,17 @@ def test_run_does_not_depend_on_batches_chunks_order_or_workers(attention):
     same_boxes(turned[:3] + turned[-3:], [want[9], *want[7:9], *want[:3]])
     for none in ([], sequences[-1:]):  # without labels
         assert run(model, none, 2, 5) == ([], [])
+
+
+def test_run_carries_the_state_through_a_sequence_and_no_further():
+    model = small_detector()
+    sequence = MemorySequence("a", 20, (3, 19))
+    labelled = torch.isin(torch.arange(20), torch.tensor([3, 19]))[:, None]
+    with torch.inference_mode():
+        prediction, _ = model(torch.from_numpy(sequence.data[:, None]), None, labelled)
+    want = detections(prediction, sequence.timestamps_us[[3, 19]])
+    # the other is longer, so that it plays first
+    same_boxes(run(model, [sequence, MemorySequence("b", 30, (2, 29))], 1, 4)[1][:2], want)
 
 
 def test_run_starts_T_minus_1_frames_before_the_first_label_and_leaves_the_model_as_it_was():
@@ -2036,6 +2038,7 @@ def test_ablation_main_writes_table_and_picture_and_trains_nothing_twice(
         traffic, tmp_path, monkeypatch):
     arms = {"baseline_3scale": [*TINY], "4scale": [*TINY, "--fpn_stages=1,2,3,4"]}
     monkeypatch.setattr(ablation, "ARMS", arms)
+    monkeypatch.setattr(ablation, "COSTLY", 1.2)
     argv = ["--steps=2", "--seeds=1", "--resamples=3", "--device=cpu"]
     argv += [f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
     ablation.main(argv)
