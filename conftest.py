@@ -394,18 +394,8 @@ def write_checkpoint(path, model, **config):
 
 
 def write_recording(path, hw=(64, 64), seconds=0.5, events=20_000):
-    """A raw recording in HDF5."""
-    rng = np.random.default_rng(0)
-    with h5py.File(path, "w") as file:
-        group = file.create_group("events")
-        group["t"] = np.sort(rng.integers(0, int(1e6 * seconds), events))
-        group["x"], group["y"], group["p"] = (
-            rng.integers(0, hw[1], events),
-            rng.integers(0, hw[0], events),
-            rng.integers(0, 2, events),
-        )
-        group["height"], group["width"] = hw
-    return path
+    """A raw recording of so many events in so many seconds, in HDF5."""
+    return write_h5(path, *some_events(events, int(1e6 * seconds), hw), size=hw)
 
 
 class Hostile:

@@ -891,13 +891,12 @@ def test_train_data_random_windows_end_at_a_labelled_frame_and_start_from_a_rese
     assert len(set(ends)) == 13 and ends != sorted(ends)
 
 
-@pytest.mark.parametrize("B, weights, streams", [
-    (2, (1, 1), 1), (4, (1, 1), 2), (4, (9, 1), 3), (5, (1, 20), 1), (6, (1, 2), 2)])
-def test_train_data_mixed_holds_streams_and_windows_in_proportion(toy_set, B, weights, streams):
-    options = dict(mixed_stream=weights[0], mixed_random=weights[1])
-    train = plan(toy_set, sampling="mixed", batch_size=B, **options)
+@pytest.mark.parametrize("B, stream, random, want", [
+    (2, 1, 1, 1), (4, 1, 1, 2), (4, 9, 1, 3), (5, 1, 20, 1), (6, 1, 2, 2)])
+def test_train_data_mixed_holds_streams_and_windows_in_proportion(toy_set, B, stream, random, want):
+    train = plan(toy_set, sampling="mixed", batch_size=B, mixed_stream=stream, mixed_random=random)
     firsts = torch.stack([train[step].is_first for step in range(9)])
-    assert firsts[:, streams:].all() and not firsts[:, :streams].all(0).any()
+    assert firsts[:, want:].all() and not firsts[:, :want].all(0).any()
 
 
 @pytest.mark.parametrize("sampling", ["stream", "random", "mixed"])
@@ -1044,9 +1043,10 @@ def test_learning_rate_at_works_for_any_number_of_steps(steps):
 # ---- optimiser
 
 
-def test_muon_equals_torchs_on_matrices_and_adamw_on_vectors():
+@pytest.mark.parametrize("shape", [(8, 3, 2, 2), (40, 8)])  # wide and tall
+def test_muon_equals_torchs_on_matrices_and_adamw_on_vectors(shape):
     torch.manual_seed(0)
-    ours = [torch.randn(8, 3, 2, 2), torch.randn(5)]
+    ours = [torch.randn(shape), torch.randn(5)]
     matrix, vector = ours[0].flatten(1).clone(), ours[1].clone()
     muon = train.Muon(ours, 0.02, weight_decay=0.1)
     theirs = torch.optim.Muon(  # its steps are 0.2 of the learning rate, taken in bfloat16

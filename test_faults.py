@@ -806,7 +806,6 @@ def test_moments_of_another_shape_in_a_checkpoint_cannot_crash_the_optimizer(
     ("--num_classes=3", "num_classes"),
     ("--data_dir=nowhere", "nowhere"),
     ("--init_from=missing.pt", "missing.pt"),
-    ("--learning_rat=1", "learning_rate"),
     ("--input_hw=10,10", "input_hw"),
     ("--device=cuda:99", "device"),
 ])
@@ -823,10 +822,8 @@ def test_train_names_what_does_not_fit_the_data_before_any_work(option, word, tr
     "--sampling=strem", "--batch_size=0", "--sequence_length=0", "--max_steps=0", "--seed=-1",
     "--zoom_in_max=0.5", "--zoom_out_max=0.9", "--gradient_accumulation_steps=0",
     "--sampling=mixed --mixed_random=0", "--sampling=mixed --batch_size=1", "--eval_interval=0",
-    "--patch_size=5", "--fpn_stages=1,3", "--fpn_stages=3,2", "--device=tpu", "--num_workers=-1",
-    "--grad_clip_by=x", "--device=cpu:x", "--dtype=int8", "--grad_clip=-1", "--learning_rate=1e999",
-    "--weight_type=cubic", "--small_threshold=9999", "--size_aware_terms=iou,box",
-    "--size_aware_weight=0.5",
+    "--patch_size=5", "--device=tpu", "--num_workers=-1", "--grad_clip_by=x", "--device=cpu:x",
+    "--dtype=int8", "--grad_clip=-1", "--learning_rate=1e999", "--weight_type=cubic",
 ])
 def test_check_names_values_that_cannot_work_before_a_set_is_simulated(option, monkeypatch):
     monkeypatch.setattr(train, "ensure_toy", lambda *a: pytest.fail("simulated"))
@@ -1017,7 +1014,6 @@ def test_main_refuses_other_classes(ckpt, tmp_path):
 def test_main_names_what_is_wrong(ckpt):
     words = {"--score=objectness": "score", "--dtype=int8": "dtype", "--split=val": "val"}
     words |= {"--spilt=val": "did you mean split", "--confidence=-1": "confidence"}
-    words |= {"--ckpt=nowhere.pt": "nowhere.pt: no such", f"--ckpt={__file__}": "not a checkpoint"}
     for word, message in words.items():
         with pytest.raises(ValueError, match=message):
             evaluation.main([f"--ckpt={ckpt}", word])
