@@ -1,8 +1,8 @@
 """The notes' experiments at the toy's size -> which of them help, with intervals.
 
-In:  configs/toy.py, and what BASE and ARMS change in it. All arms take equal steps, batches in
-     one order, one learning rate; each runs once for every seed. An arm that costs far more than
-     the baseline runs again, with as many steps as cost what the baseline's do.
+In:  configs/toy.py, and what BASE and the experiments' configs change in it. All arms take equal
+     steps, batches in one order, one learning rate; each runs once for every seed. An arm that
+     costs far more than the baseline runs again, with as many steps as cost what the baseline's do.
 Out: in out_dir a run of train.py for each arm and seed, with its scores; table.md and table.png.
      What is done is kept: a second call goes on.
 
@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from checkpoint import load_detector
 from configurator import command_line, configure
 from data import load_classes, open_split
 from formats import write
+from pictures import draw_differences
 from simulate import ensure_toy
 
 defaults = {
@@ -43,18 +43,19 @@ defaults = {
 
 # What all arms share. Windows of 3 frames take half the time of the toy's 5.
 BASE = ["configs/toy.py", "--sequence_length=3", "--batch_size=4"]
-# What each changes. The toy's own pyramid has stages 1 to 3.
-ARMS = {
-    "baseline_3scale": ["--fpn_stages=2,3,4"],
-    "4scale": ["--fpn_stages=1,2,3,4"],
-    "3scale_sizeaware": ["--fpn_stages=2,3,4", "--size_aware_loss", "--size_aware_weight=2.5"],
-    "4scale_sizeaware": ["--fpn_stages=1,2,3,4", "--size_aware_loss", "--size_aware_weight=2.5"],
-    "3scale_sizeaware_attention": [
-        "--fpn_stages=2,3,4", "--size_aware_loss", "--small_object_attention"],
-    "patch2_sizeaware": ["--patch_size=2", "--fpn_stages=2,3,4", "--size_aware_loss"],
-    "patch2_4scale_sizeaware": ["--patch_size=2", "--fpn_stages=1,2,3,4", "--size_aware_loss"],
-    "patch3_4scale_sizeaware": ["--patch_size=3", "--fpn_stages=1,2,3,4", "--size_aware_loss"],
-}
+# The experiments, and the keys that an arm takes from the config of its experiment.
+ARMS = (
+    "baseline_3scale",
+    "4scale",
+    "3scale_sizeaware",
+    "4scale_sizeaware",
+    "3scale_sizeaware_attention",
+    "patch2_sizeaware",
+    "patch2_4scale_sizeaware",
+    "patch3_4scale_sizeaware",
+)
+TESTED = ("patch_size", "fpn_stages", "size_aware_loss", "size_aware_weight",
+          "small_object_attention")
 BASELINE = "baseline_3scale"
 COSTLY = 2  # times the baseline: such an arm also runs at equal compute
 
@@ -68,9 +69,15 @@ SIZES = {
 METRICS = ("AP", "AP50", "AP_4_8", "AP_8_16", "AP_16_32", "AP_32_64", "AR100")
 
 
+def arm(name):
+    """The words that train.py gets for an arm, without those of a run."""
+    experiment = configure(train.defaults, [f"configs/{name}.py"])
+    return BASE + [f"--{key}={experiment[key]}" for key in TESTED]
+
+
 def frame_cost(name, hw, num_classes):
     """(parameters in millions, GFLOP of a frame's forward pass) of an arm."""
-    config = SimpleNamespace(**configure(train.defaults, BASE + ARMS[name]))
+    config = SimpleNamespace(**configure(train.defaults, arm(name)))
     model = train.build(config, hw, num_classes)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 1, 20, *hw))
@@ -82,7 +89,7 @@ def train_run(folder, name, steps, seed, config):
     """Train an arm, or go on with it. ValueError, with the last line of its errors, if it fails."""
     start = "resume" if Path(folder, "ckpt.pt").exists() else "scratch"
     words = [
-        *BASE, *ARMS[name], f"--seed={seed}", f"--data_dir={config.data_dir}",
+        *arm(name), f"--seed={seed}", f"--data_dir={config.data_dir}",
         f"--max_steps={steps}", f"--eval_interval={steps}", f"--device={config.device}",
         f"--out_dir={folder}", f"--init_from={start}",
     ]
@@ -133,23 +140,10 @@ def intervals(scores):
     return scores[:, 0].mean(0), *np.percentile(means, (2.5, 97.5), axis=0)
 
 
-def step_seconds(folder):
-    """Seconds of a training step, the median over the rows of the log."""
-    shared = configure(train.defaults, BASE)
-    frames = shared["sequence_length"] * shared["batch_size"]
+def frames_per_second(folder):
+    """Of a run, the median over the rows of its log."""
     log = np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True)
-    return frames / np.nanmedian(log["frames_per_s"])
-
-
-def draw_differences(path, names, differences):
-    """A panel for each metric: differences (arms, 3, METRICS) to the baseline with intervals."""
-    figure = Figure((20, 4), layout="constrained")
-    panels = figure.subplots(1, len(METRICS), sharey=True)
-    for axes, key, (mean, low, high) in zip(panels, METRICS, np.transpose(differences)):
-        axes.errorbar(mean, names, xerr=(mean - low, high - mean), fmt="o")
-        axes.axvline(0, color="gray")
-        axes.set(title=key, xlabel="points")
-    write(path, figure.savefig)
+    return np.nanmedian(log["frames_per_s"])
 
 
 def main(argv):
@@ -185,12 +179,14 @@ def main(argv):
     for title, trained in folders.items():
         for folder in trained:
             scores[title].append(resampled_scores(folder, sequences, names, config.resamples))
+    shared = configure(train.defaults, BASE)
+    frames_a_step = shared["sequence_length"] * shared["batch_size"]
     head = ["arm", "steps", "parameters, M", "GFLOP a frame", "s a step", *METRICS]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     differences = []
     for title, (name, steps) in runs.items():
         size, flops = cost[name]
-        seconds = step_seconds(folders[title][0])
+        seconds = frames_a_step / frames_per_second(folders[title][0])
         cells = [title, f"{steps}", f"{size:.2f}", f"{flops:.2f}", f"{seconds:.2f}"]
         change = intervals(np.array(scores[title]) - scores[BASELINE])
         differences.append(change)
@@ -200,7 +196,7 @@ def main(argv):
     table = "\n".join(lines)
     print(table)
     write(f"{config.out_dir}/table.md", table)
-    draw_differences(f"{config.out_dir}/table.png", list(runs), differences)
+    draw_differences(f"{config.out_dir}/table.png", list(runs), METRICS, differences)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """All drawing: event frames with boxes, training curves, the report's charts and frames, box sizes.
 
 In: frames, boxes, the rows of a log, a report. Out: a Pillow image (draw) or a PNG file (the
-others), whole or not at all. train.py, eval.py, data.py and demo.py call it.
+others), whole or not at all. train.py, eval.py, data.py, demo.py and ablation.py call it.
 
     from pictures import draw; draw(frame, boxes, class_names).save("frame.png")
 """
@@ -147,4 +147,17 @@ def draw_box_sizes(path, sides):
         yscale="log",
     )
     axes.legend()
+    write(path, figure.savefig)
+
+
+# ---- ablation
+
+def draw_differences(path, arms, metrics, differences):
+    """Differences (arms, 3, metrics) to the baseline: mean, low, high; a panel for each metric."""
+    figure = Figure((20, 4), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True)
+    for axes, metric, (mean, low, high) in zip(panels, metrics, np.transpose(differences)):
+        axes.errorbar(mean, arms, xerr=(mean - low, high - mean), fmt="o")
+        axes.axvline(0, color="gray")
+        axes.set(title=metric, xlabel="points")
     write(path, figure.savefig)

@@ -2036,8 +2036,8 @@ def test_intervals_span_what_differs_between_the_seeds():
 
 def test_ablation_main_writes_table_and_picture_and_trains_nothing_twice(
         traffic, tmp_path, monkeypatch):
-    arms = {"baseline_3scale": [*TINY], "4scale": [*TINY, "--fpn_stages=1,2,3,4"]}
-    monkeypatch.setattr(ablation, "ARMS", arms)
+    monkeypatch.setattr(ablation, "ARMS", ("baseline_3scale", "4scale"))
+    monkeypatch.setattr(ablation, "BASE", [*ablation.BASE, *TINY])
     monkeypatch.setattr(ablation, "COSTLY", 1.2)
     argv = ["--steps=2", "--seeds=1", "--resamples=3", "--device=cpu"]
     argv += [f"--data_dir={traffic}", f"--out_dir={tmp_path}"]

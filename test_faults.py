@@ -1576,7 +1576,7 @@ def test_demo_names_what_does_not_fit(tmp_path, checkpoint, option, word):
 
 
 def test_train_run_names_the_run_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "ARMS", {"wrong": ["--patch_size=7"]})
+    monkeypatch.setattr(ablation, "arm", lambda name: ["--patch_size=7"])
     config = SimpleNamespace(**ablation.defaults)
     with pytest.raises(ValueError, match="wrong: error: patch_size=7"):
         ablation.train_run(f"{tmp_path}/wrong", "wrong", 2, 0, config)
