@@ -16,25 +16,26 @@ import sys
 from formats import reading
 
 
-def literal(text):
-    """The Python literal that `text` is, else the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def parse(text, want):
-    """The value that a word on a command line stands for, of the type `want` if it fits it.
+    """The value that the words on a command line stand for, of the type `want` if they fit it.
 
     "1,2,3" and "car,bike" are tuples where a tuple is wanted, "3" alone is a tuple of one.
     """
     if want is str:
         return text
-    if want is tuple:
-        words = text.strip("()[]").split(",")
-        return tuple(literal(word.strip()) for word in words if word)
-    return literal(text.title() if want is bool else text)
+    if want is bool:
+        text = text.title()
+    if want is tuple and not text:
+        return ()
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if want is tuple and isinstance(value, str):
+        return tuple(word.strip() for word in value.split(","))
+    if want is tuple and not isinstance(value, (tuple, list)):
+        return (value,)
+    return value
 
 
 def value_of(key, value, defaults, where):
@@ -43,8 +44,9 @@ def value_of(key, value, defaults, where):
     ValueError names an unknown key, with the nearest known one, or a value of another type.
     """
     if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
-        raise ValueError(f"{where}: unknown key {key!r}; did you mean {near[0]}?")
+        near = difflib.get_close_matches(key, defaults, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(defaults))}"
+        raise ValueError(f"{where}: unknown key {key!r}; {hint}")
     default = defaults[key]
     want = type(default)
     if (type(value), want) in ((int, float), (list, tuple)):

@@ -570,13 +570,18 @@ def test_configure_names_a_mistake_in_a_file(tmp_path, text, word):
         configurator.configure(KEYS, [str(tmp_path / "c.py")])
 
 
+def test_configure_keeps_every_name_as_it_is_written_and_in_its_place():
+    names = configurator.configure(KEYS, ["--names=car,,0x10,tram (old)"])["names"]
+    assert names == ("car", "", "0x10", "tram (old)")
+
+
 @pytest.mark.parametrize("argv, word", [
     (["--learning_rat=1"], "learning_rate"),
     (["--batch_size=x"], "batch_size"),
     (["--batch_size"], "no value"),
     (["nothing.py"], "nothing.py"),
     (["--compile=7"], "compile"),
-    (["--zzz", "3"], "unknown key 'zzz'"),
+    (["--zzz", "3"], "known are batch_size"),
 ])
 def test_configure_names_a_mistake_on_the_command_line(argv, word):
     with pytest.raises(ValueError, match=word):
@@ -881,6 +886,14 @@ def test_resume_with_other_streams_starts_their_states_at_zero(
     assert any(x.any() for x in checkpoint["states"][0][0])
     assert run_train(f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=1", option) == 0
     assert "their states start at 0" in capsys.readouterr().out
+
+
+def test_resume_with_another_optimizer_is_refused(traffic, tmp_path):
+    trained(traffic, tmp_path, "--max_steps=1")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    with pytest.raises(ValueError, match="optimizer=adamw; --init_from="):
+        train.main([f"--out_dir={tmp_path}", "--init_from=resume", "--optimizer=muon"])
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
 def test_resume_of_weights_without_a_training_state_is_refused(traffic, tmp_path):
