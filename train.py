@@ -99,7 +99,7 @@ CHOICES = {
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COUNTS = ("sequence_length", "batch_size", "gradient_accumulation_steps", "eval_batch_size",
           "max_steps", "log_interval", "eval_interval", "checkpoint_interval", "max_bad_steps")
-# what a slot plays depends on these
+# what a slot plays of data_dir depends on these
 PLAN = ("sampling", "mixed_stream", "mixed_random", "sequence_length", "batch_size",
         "gradient_accumulation_steps", "seed")
 # where a run stands, apart from its tensors
@@ -645,6 +645,9 @@ def resume(out_dir, argv):
     with reading(f"{path}, resumed"):  # what a damaged state raises, here or at its first step
         saved = defaults | checkpoint["config"] | {"out_dir": out_dir}
         config = configure(saved, argv)
+        if config["optimizer"] != saved["optimizer"]:
+            raise ValueError(f"the run has optimizer={saved['optimizer']}; --init_from={path} "
+                             "starts another with its weights")
         config["init_from"] = saved["init_from"]  # with which config.py starts again
         return train(SimpleNamespace(**config), checkpoint)
 
