@@ -162,7 +162,7 @@ def main(argv):
     for name in ARMS:
         ratio = cost[name][1] / cost[BASELINE][1]
         if ratio > COSTLY:
-            runs[f"{name}, equal compute"] = (name, round(config.steps / ratio))
+            runs[f"{name}, equal compute"] = (name, max(round(config.steps / ratio), 1))
 
     jobs = []
     folders = defaultdict(list)
