@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch.distributed as dist
 
 import train
 from checkpoint import load_detector, read_checkpoint
@@ -126,8 +125,7 @@ def main(argv):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     device, dtype = train.resolve_device(config)
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
+    rank, _ = train.start_processes("gloo")
 
     names = load_classes(config.data_dir, config.class_names, config.num_classes)
     sequences = open_split(config.data_dir, config.split, len(names))
@@ -141,7 +139,7 @@ def main(argv):
     options = {key: getattr(config, key) for key in ("confidence", "nms_iou", "score")}
     labels, found = run(model, sequences, config.eval_batch_size, config.sequence_length, device,
                         dtype, config.num_workers, **options)
-    if dist.is_initialized() and dist.get_rank():
+    if rank > 0:
         return
     options |= {"split": config.split, "data_dir": config.data_dir}
     result = report(labels, found, *hw, names, config.small_classes, **options)

@@ -9,6 +9,7 @@ SizeAware, overridden by a Python file and --key=value. Out, in out_dir: ckpt.pt
     python train.py --out_dir=out --init_from=resume                 go on as if never stopped
 """
 
+import atexit
 import csv
 import ctypes
 import dataclasses
@@ -165,10 +166,11 @@ def resolve_device(config):
     return torch.device(name), getattr(torch, dtype)
 
 
-def start_processes(device):
+def start_processes(backend):
     """(rank, number of processes) as torchrun has it; (0, 1) without torchrun."""
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend)
+        atexit.register(dist.destroy_process_group)  # gloo aborts where its threads are left
         return dist.get_rank(), dist.get_world_size()
     if "RANK" in os.environ:
         raise ValueError("RANK is set, WORLD_SIZE is not: start with torchrun, or unset RANK")
@@ -292,7 +294,7 @@ class Run:
         if self.cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32
-        self.rank, self.world = start_processes(self.device)
+        self.rank, self.world = start_processes("nccl" if self.cuda else "gloo")
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # one process speaks
         if self.rank == 0 and config.data_dir == defaults["data_dir"]:
