@@ -24,7 +24,7 @@ from numpy.lib.recfunctions import structured_to_unstructured
 from tqdm import tqdm
 
 from configurator import command_line, configure
-from formats import BOX_DTYPE, CHANNELS, FILES, REPRESENTATION, check_blosc, reading
+from formats import BOX_DTYPE, CHANNELS, FILES, REPRESENTATION, check_blosc, check_names, reading
 from pictures import draw_box_sizes
 
 # One micro-batch; T time steps, B slots, N frames with labels.
@@ -211,7 +211,10 @@ def load_classes(data_dir, class_names, num_classes):
     with reading(path):
         if path.is_file():
             names = json.loads(path.read_bytes())["classes"]
+            if not isinstance(names, list):
+                raise ValueError(f"classes is {names!r}, expected a list of names")
         names = tuple(map(str, names))  # --class_names=30,50 gives numbers
+        check_names(names)
         if not names or num_classes not in (0, len(names)):
             raise ValueError(f"{len(names)} class_names, {num_classes=}; wrong data_dir?")
     return names

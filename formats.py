@@ -63,6 +63,12 @@ def write(path, contents):
         os.replace(part, path)
 
 
+def check_names(names):
+    """ValueError if a name of a class is empty or there twice."""
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"classes {', '.join(names)}: one is empty or there twice")
+
+
 def check_blosc(chunk, nbytes):
     """ValueError unless the header of a Blosc 1 chunk tells its sizes.
 

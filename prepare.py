@@ -14,7 +14,6 @@ import shutil
 import signal
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +32,7 @@ from formats import (
     SCALES,
     WINDOW_US,
     check_blosc,
+    check_names,
     histogram,
     reading,
     write,
@@ -88,6 +88,7 @@ DATASETS = {
     },
 }
 BOX_FILTERS = ("none", "sides5", "prophesee")
+SPLITS = ("train", "val", "test")
 
 BLOCK = 1 << 19  # events read at a time
 UNKNOWN = 0xFFFF  # side of a sensor, where a file does not tell it
@@ -99,7 +100,10 @@ MAX_EVENTS_PER_US = 1_000  # no sensor is faster
 MAX_LEAD_US = 10_000_000  # a clock that starts later is not filled with windows from 0 on
 MAX_LENGTH_US = 50_000_000_000  # 14 hours: the clocks of longer recordings are checked first
 FRAME_US = 100_000  # between labelled frames, about; the earliest labelled frame
-JITTER_US = 2_000  # how far off the grid of labels a label may be
+JITTER_US = 2_000  # how far off the grid of labels a label may be, or off the others of a frame
+MAX_CLASSES = 1_000  # without names
+FAST_US = 1_000  # labels that all follow one another faster are of another unit
+SLOW_US = 20_000_000  # and perhaps those that all follow slower
 # What is likely where the recording lasts 10**key times as long as its labels.
 CAUSES = {
     3: "labels in milliseconds or events in nanoseconds",
@@ -132,6 +136,13 @@ def read_rows(column, start):
     return column[start:start + BLOCK]
 
 
+def whole(pixels):
+    """Coordinates (n,) as integers that hold them. ValueError: fractions."""
+    if pixels.dtype.kind == "f" and (pixels % 1 > 0).any():
+        raise ValueError("x or y has fractions; give whole pixels")
+    return pixels.astype(np.int32 if pixels.dtype.itemsize < 4 else np.int64)
+
+
 def read_h5(path):
     """HDF5: columns t, x, y, p in a group `events` or `CD/events`, or a table there (Metavision).
 
@@ -160,7 +171,7 @@ def read_h5(path):
             if table:
                 rows = [rows[0][key] for key in "txyp"]
             t, x, y, p = rows
-            yield t.astype(np.int64) + t_offset, x.astype(np.int32), y.astype(np.int32), p
+            yield t.astype(np.int64) + t_offset, whole(x), whole(y), p
 
 
 def read_dat(path):
@@ -173,6 +184,8 @@ def read_dat(path):
             raise ValueError("not a DAT file of 8-byte events")
         told = dict(zip(words, words[1:]))
         yield int(told.get(b"height", 0)), int(told.get(b"width", 0))
+        if (path.stat().st_size - file.tell()) % 8 > 0:
+            raise ValueError("ends within an event: truncated? Copy or download it again")
         while True:
             events = np.fromfile(file, [("t", "<u4"), ("xyp", "<u4")], BLOCK)
             if events.size == 0:
@@ -204,6 +217,16 @@ READERS = {
     ".aedat4": read_faery,
     ".es": read_faery,
 }
+
+
+def unwrapped(t, before):
+    """Times (n,) us of a clock of 32 bits, which starts again at 0, as ever growing ones.
+
+    before: the time before the first. Late events may lie on both sides of a new start.
+    """
+    jumps = np.diff(t, prepend=before)
+    turns = np.sign(jumps) * (np.abs(np.abs(jumps) - 2**32) < MAX_GAP_US)
+    return t - 2**32 * np.cumsum(turns)
 
 
 def far_off(t):
@@ -243,19 +266,19 @@ class Recording:
         if not 0 < self.height * self.width < MAX_PIXELS:
             raise ValueError(f"{path}: the sensor's size? Give --height and --width in pixels")
 
-    def in_order(self, t, x, y, p, jumps):
+    def in_order(self, t, x, y, p):
         """The events with times that never decrease; counts those that it drops and raises.
 
         ValueError: a long gap, or more than a few are late by more than LATE_US.
         """
-        # A clock of 32 bits starts again at 0; late events may lie on both sides of that.
-        for turn in np.flatnonzero(np.abs(np.abs(jumps) - 2**32) < MAX_GAP_US):
-            step_us = 2**32 * np.sign(jumps[turn])
-            t[turn:] -= step_us
-            self.turns_us -= step_us
+        last = t[-1]
+        t = unwrapped(t, self.last_us if self.events else t[0])
+        self.turns_us += t[-1] - last
         near = ~far_off(t)
         t, x, y, p = t[near], x[near], y[near], p[near]
         self.far += len(near) - len(t)
+        if len(t) == 0:
+            raise ValueError(f"times jump by over {MAX_GAP_US} us and back; several recordings?")
         # RVT's rule for events that come a little late.
         start = self.last_us if self.events else t[0]
         raised = np.maximum(np.maximum.accumulate(t), start)
@@ -288,12 +311,12 @@ class Recording:
                 jumps = np.diff(t, prepend=self.last_us if self.events else t[0])
                 # Most blocks are in order as they are.
                 if jumps.min() < 0 or jumps.max() > MAX_GAP_US:
-                    t, x, y, p = self.in_order(t, x, y, p, jumps)
+                    t, x, y, p = self.in_order(t, x, y, p)
                 if self.events == 0:
                     self.first_us = int(t[0])
                 self.last_us = int(t[-1])
                 self.events += len(t)
-                self.polarities |= {int(p.min()), int(p.max())}
+                self.polarities |= {p.min().item(), p.max().item()}
                 yield t, x, y, p
 
 
@@ -338,24 +361,39 @@ def read_labels(path):
     """
     renamed = {"ts": "t", "confidence": "class_confidence"}
     what = f"{path} (expected: an array with fields {' '.join(BOX_DTYPE.names)})"
-    with reading(what), np.errstate(invalid="ignore"):
-        stored = np.load(path, allow_pickle=False).ravel()
+    with reading(what), np.errstate(invalid="ignore"), open(path, "rb") as file:
+        stored = np.lib.format.read_array(file, allow_pickle=False).ravel()
         stored.dtype.names = [renamed.get(name, name) for name in stored.dtype.names]
         boxes = np.ones(len(stored), BOX_DTYPE)
         for name in BOX_DTYPE.names:
             if name in stored.dtype.names or name not in ("track_id", "class_confidence"):
                 boxes[name] = stored[name]
+        if len(boxes) == 0:
+            return boxes
+        if (boxes["class_id"] != stored["class_id"]).any():
+            raise ValueError("a class_id is below 0, or no whole number")
+        if 0 < max(boxes[name].max() for name in "xywh") <= 1:
+            raise ValueError("boxes in fractions of the frame; pixels are needed")
+        boxes["t"] = unwrapped(boxes["t"], boxes["t"][0])
         return boxes[np.argsort(boxes["t"], kind="stable")]
 
 
 def filter_boxes(boxes, height, width, num_classes, box_filter, train):
-    """Boxes (L,) cropped to [0, width-1] x [0, height-1] -> those kept, {reason to drop: number}.
+    """Boxes (L,) cropped to [0, width-1] x [0, height-1] -> those kept, {what: number} about it.
 
     prophesee: the limits of Prophesee's evaluation, 60 px diagonal and 20 px sides at a width of
     1280 (30 and 10 on Gen1's 304), in proportion on other sensors. sides5: 5 px sides. Boxes wider
     than 9/10 of the frame are faults and not trained on. Source: RVT, preprocess_dataset.py.
+    ValueError: w and h seem to be another corner.
     """
-    boxes = boxes.copy()
+    finite = np.isfinite(boxes["x"] + boxes["y"] + boxes["w"] + boxes["h"])
+    about = {"boxes not finite": np.count_nonzero(~finite)}
+    boxes = boxes[finite]
+    outside = (boxes["x"] + boxes["w"] > width) | (boxes["y"] + boxes["h"] > height)
+    about["boxes beyond right or lower edge"] = np.count_nonzero(outside)
+    beyond_corner = (boxes["w"] > boxes["x"]) & (boxes["h"] > boxes["y"])
+    if len(boxes) > 10 and np.mean(outside) > 0.5 and beyond_corner.all():
+        raise ValueError("most boxes leave the frame: are w and h the other corner, x2 and y2?")
     for corner, side, limit in (("x", "w", width - 1), ("y", "h", height - 1)):
         end = np.clip(boxes[corner] + boxes[side], 0, limit)
         boxes[corner] = np.clip(boxes[corner], 0, limit)
@@ -366,19 +404,28 @@ def filter_boxes(boxes, height, width, num_classes, box_filter, train):
     limits = {"none": (0, 0), "sides5": (5, 0), "prophesee": (unit, 3 * unit)}
     least, diagonal = limits[box_filter]
     widest = 9 * width // 10 if train else width
-    fine = {  # reason to drop: which boxes it spares; all False for NaN
+    fine = {  # reason to drop: which boxes it spares
         "boxes of unknown class": boxes["class_id"] < num_classes,
         "boxes off the frame": (w > 0) & (h > 0),
         "boxes too small": (np.minimum(w, h) >= least) & (w ** 2 + h ** 2 >= diagonal ** 2),
         "boxes too wide": w <= widest,
     }
-    dropped = {reason: np.count_nonzero(~good) for reason, good in fine.items()}
-    return boxes[np.all([*fine.values()], axis=0)], dropped
+    about |= {reason: np.count_nonzero(~good) for reason, good in fine.items()}
+    return boxes[np.all([*fine.values()], axis=0)], about
 
 
 def distance(since_us, step_us):
     """How far a time is from a whole number of steps."""
     return abs(since_us - round(since_us / step_us) * step_us)
+
+
+def joined(times):
+    """Ascending label times (L,) us; those within JITTER_US become one, the first of them."""
+    times = times.tolist()
+    for k in range(1, len(times)):
+        if times[k] - times[k - 1] < JITTER_US:
+            times[k] = times[k - 1]
+    return times
 
 
 def label_frames(times, grid_us):
@@ -412,16 +459,22 @@ def label_frames(times, grid_us):
     return np.array(frames, np.int64), spacing_us
 
 
+def too_fast(times):
+    """Whether so many label times (L,) us all follow one another faster than FAST_US."""
+    return len(times) > 10 and np.diff(times).max() < FAST_US
+
+
 def check_clocks(recording, times):
     """ValueError if the events read and labels at times (L,) us seem to be of different clocks.
 
-    They are if most labels lie outside the recording, or one ends 300 times as late as the other.
+    They are if most labels lie outside the recording, one ends 300 times as late as the other, or
+    labels follow one another too fast.
     """
     first = recording.first_us
     last = recording.last_us
     inside = np.mean((times >= first) & (times <= last + WINDOW_US))
     magnitude = np.log10(max(last, 1) / max(times[-1], 1))
-    if inside < 0.5 or abs(magnitude) > 2.5:
+    if inside < 0.5 or abs(magnitude) > 2.5 or too_fast(times):
         cause = CAUSES.get(3 * round(magnitude / 3), "another zero, or another unit")
         raise ValueError(
             f"{recording.path}: events from {first} to {last} us, labels from {times[0]} to "
@@ -482,6 +535,7 @@ def write_sequence(folder, recording, ends, frames, boxes, downsample):
         "labelled frames": len(frames),
         "boxes": len(boxes),
         "windows empty": empty,
+        "labelled frames after the last event": np.count_nonzero(frames > recording.last_us),
         "events off the sensor": recording.outside,
         "events with a damaged time": recording.far,
         "times raised": recording.backwards,
@@ -508,14 +562,19 @@ def prepare_sequence(job):
         # Labels, and which of their times are labelled frames.
         if "labels" in files:
             boxes = read_labels(files["labels"])
-        boxes, report = filter_boxes(
-            boxes, *size, len(options.class_names), options.box_filter, split == "train")
+        with reading(files.get("labels")):
+            boxes, report = filter_boxes(
+                boxes, *size, len(options.class_names), options.box_filter, split == "train")
         times = np.unique(boxes["t"])
-        frames, spacing_us = label_frames(times, options.grid_us)
-        report["label times left out"] = len(times) - len(frames)
+        if len(times) > 1 and np.diff(times).min() > SLOW_US:
+            report["us between labels (are all times in nanoseconds?)"] = times[1] - times[0]
+        boxes["t"] = joined(boxes["t"])
+        frames, spacing_us = label_frames(np.unique(boxes["t"]), options.grid_us)
+        report["label times left out, or joined"] = len(times) - len(frames)
         boxes = boxes[np.isin(boxes["t"], frames)]
         # Windows, where these need to know how long the recording is.
-        if len(frames) == 0 or frames[-1] - recording.first_us > MAX_LENGTH_US:
+        long = len(frames) and frames[-1] - recording.first_us > MAX_LENGTH_US
+        if len(frames) == 0 or long or too_fast(times):
             for _ in recording.chunks():
                 pass
             if len(times):
@@ -526,7 +585,7 @@ def prepare_sequence(job):
             ends = np.arange(recording.first_us, recording.last_us, WINDOW_US) + WINDOW_US
             if recording.events > MAX_EVENTS_PER_US * (1 + recording.last_us - recording.first_us):
                 raise ValueError(f"{recording.path}: too many events a us: another unit of time?")
-        if recording.events and (len(frames) or "labels" not in files):
+        if recording.events and len(ends) and (len(frames) or "labels" not in files):
             report |= write_sequence(partial, recording, ends, frames, boxes, options.downsample)
             final.parent.mkdir(exist_ok=True)
             partial.rename(final)
@@ -560,35 +619,57 @@ def find_sequences(folder):
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
     found = {}
-    for split in ("train", "val", "test"):
+    ignored = [str(path) for path in Path(folder).iterdir() if path.name not in SPLITS]
+    for split in SPLITS:
         for path in sorted(Path(folder, split).glob("[!.]*")):
-            kind = "labels" if path.name.endswith("_bbox.npy") else "events"
+            kind = "labels" if path.suffix == ".npy" else "events"
+            if kind == "labels" and not path.name.endswith("_bbox.npy"):
+                raise ValueError(f"{path}: labels? Call them NAME_bbox.npy, as NAME_td.h5 has")
             if kind == "labels" or path.suffix.lower() in READERS:
                 name = path.stem.removesuffix("_bbox").removesuffix(".dat").removesuffix("_td")
                 # where no recording follows, Recording fails with this text for a path
                 files = found.setdefault((split, name), {"events": f"no recording beside {path}"})
+                before = Path(files.get(kind, path))
+                if before.exists() and path.stem not in (before.stem, before.name):
+                    raise ValueError(f"{before}, {path}: two of one name; move one away")
                 files[kind] = path
+            else:
+                ignored.append(str(path))
     if not found:
         raise ValueError(
             f"{folder}: no recordings in it; expected train/NAME_td.h5 (or .raw, .dat, ...) with "
             "train/NAME_bbox.npy, also in val and test. DSEC: link SEQUENCE/events/left/events.h5 "
             "as train/SEQUENCE.h5, its tracks.npy as train/SEQUENCE_bbox.npy, and give "
             "--height=480 --width=640")
+    if ignored:
+        print(f"{len(ignored)} ignored: {', '.join(ignored[:3])}")
+    sizes = {}
+    for (_, name), files in found.items():
+        path = Path(files["events"])
+        if path.exists() and sizes.setdefault((name, path.stat().st_size), path) != path:
+            print(f"WARNING: {path} seems to be in two splits")
     return [(*key, files) for key, files in found.items()]
 
 
 def name_classes(names, sequences):
-    """Names of the class ids in labels of own data; without any: "0", "1", ... up to the largest.
+    """Names of the class ids in all labels; without any: "0", "1", ... up to the largest.
 
     ValueError if ids are counted from 1, so that each would get the name of the one after it.
     """
     ids = set()
     for _, _, files in sequences:
-        with suppress(ValueError, KeyError):  # no labels; those that are damaged are reported later
+        if "labels" not in files:
+            continue
+        try:
             ids.update(read_labels(files["labels"])["class_id"].tolist())
+        except ValueError:  # reported later, but without names no label may be missing
+            if not names:
+                raise
     largest = max(ids, default=0)
+    if not names and largest >= MAX_CLASSES:
+        raise ValueError(f"class ids up to {largest}: count them from 0, or name them all")
     if not names:
-        return [str(class_id) for class_id in range(min(largest, 1 << 16) + 1)]
+        return [str(class_id) for class_id in range(largest + 1)]
     if 0 not in ids and largest >= len(names):
         raise ValueError(
             f"class ids {sorted(ids)}, but names of 0 to {len(names) - 1}: {', '.join(names)}; "
@@ -612,7 +693,8 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
             f"{', '.join(BOX_FILTERS)}, a downsample of {', '.join(SCALES)}")
     sequences = find_sequences(src)
     options.class_names = [str(name) for name in options.class_names]
-    if dataset == "own":
+    check_names(options.class_names)
+    if dataset != "gen4":  # its labels know more classes than are used
         with reading(src):
             options.class_names = name_classes(options.class_names, sequences)
     about = {
@@ -630,7 +712,7 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(path, json.dumps(before))
-    jobs = [(*job, options) for job in sequences if not Path(dst, *job[:2]).exists()]
+    jobs = [(*job, options) for job in sequences if not Path(dst, *job[:2], "labels_v2").exists()]
     counts = Counter()
     failed = []
     results = run_jobs(prepare_sequence, jobs, num_workers)
@@ -652,6 +734,8 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
 def main(argv):
     counts = prepare(**configure(defaults, argv))
     print(counts)
+    if "there already" in counts:
+        print("What is to be made again, with new labels say: delete its folder first.")
     if set(counts) == {"skipped"}:
         raise ValueError("nothing was prepared: no labels or no events were left")
 

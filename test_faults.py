@@ -1321,10 +1321,12 @@ def test_read_faery_names_the_package_where_it_is_missing(tmp_path, monkeypatch)
         Recording(tmp_path / "a.raw", 720, 1280)
 
 
-def test_read_dat_reads_the_events_before_one_that_is_cut_off(tmp_path):
+def test_a_dat_file_that_ends_within_an_event_is_refused(tmp_path):
     path = write_dat(tmp_path / "a_td.dat", *some_events(350, 10**6))
+    assert len(read_events(Recording(path))[0]) == 350
     path.write_bytes(path.read_bytes()[:-3])
-    assert len(read_events(Recording(path))[0]) == 349
+    with pytest.raises(ValueError, match="a_td.dat: ends within an event: truncated"):
+        read_events(Recording(path))
 
 
 def test_unreadable_recordings_are_named_in_one_line(tmp_path):
@@ -1506,6 +1508,160 @@ def test_prepare_resumes_and_an_interrupted_run_leaves_no_half_sequence(tmp_path
     assert not (tmp_path / "out" / ".partial").exists()
     with pytest.raises(ValueError, match="prepared with other classes or options"):
         prepare.prepare(raw, tmp_path / "out", downsample="sum")
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(class_id=-1), "a_bbox.npy.*a class_id is below 0, or no whole number"),
+    (dict(class_id=0.7), "a_bbox.npy.*a class_id is below 0, or no whole number"),
+    (dict(class_id=4e9), "class ids up to 4000000000: count them from 0"),
+    (dict(x=0.1, y=0.2, w=0.3, h=0.2), "a_bbox.npy.*boxes in fractions of the frame")])
+def test_prepare_refuses_class_ids_and_boxes_that_are_none(change, words, tmp_path):
+    labels = some_labels(GRID_US[:3])
+    labels = labels.astype([(name, "f8") for name in labels.dtype.names])
+    for name, value in change.items():
+        labels[name] = value
+    with pytest.raises(ValueError, match=words):
+        prepare.prepare(raw_set(tmp_path / "raw", labels), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_tells_corners_from_sides_and_counts_boxes_that_are_not_finite(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, (40, 30), (17, 2)).T
+    raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:17], x=x, y=y, w=x + 30, h=y + 20))
+    with pytest.raises(ValueError, match="a_bbox.npy: most boxes leave the frame.*x2 and y2"):
+        prepare.prepare(raw, tmp_path / "out")
+    boxes = some_labels(GRID_US[:5])
+    boxes["w"][:2] = [np.inf, np.nan]
+    raw_set(raw, boxes)
+    prepare.prepare(raw, tmp_path / "out")
+    assert "train/a: 2 boxes not finite, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset, ids, refused", [
+    ("etram", (1, 8), True), ("etram", (0, 7), False), ("gen1", (1, 2), True),
+    ("gen4", (1, 5), False)])
+def test_prepare_refuses_ids_from_1_of_every_data_set_that_has_no_others(
+        dataset, ids, refused, tmp_path):
+    boxes = some_labels(GRID_US[:2], class_id=ids)
+    raw = raw_set(tmp_path / "raw", boxes)
+    if refused:
+        with pytest.raises(ValueError, match="class ids .*count ids from 0"):
+            prepare.prepare(raw, tmp_path / "out", dataset)
+    else:
+        assert prepare.prepare(raw, tmp_path / "out", dataset) == {"prepared": 1}
+
+
+@pytest.mark.parametrize("scale, refused", [(1e-3, True), (1e-6, True), (1, False)])
+def test_prepare_refuses_events_and_labels_that_share_another_unit(scale, refused, tmp_path):
+    t, *others = some_events(20_000, 20_000_000)
+    labels = some_labels(np.arange(1, 200) * 100_000).astype(
+        [(name, "f8" if name == "t" else BOX_DTYPE[name]) for name in BOX_DTYPE.names])
+    labels["t"] *= scale
+    raw = raw_set(tmp_path / "raw", labels, (t * scale, *others))
+    if refused:
+        with pytest.raises(ValueError, match="a_td.h5: events from .*labels from .*another unit"):
+            prepare.prepare(raw, tmp_path / "out")
+    else:
+        assert prepare.prepare(raw, tmp_path / "out") == {"prepared": 1}
+
+
+def test_prepare_tells_of_labels_so_far_apart_as_nanoseconds_are(tmp_path, capsys):
+    t, *others = some_events(2_000, 700_000)
+    raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:6] * 1000), (t * 1000, *others))
+    prepare.prepare(raw, tmp_path / "out")
+    assert "100000000 us between labels (are all times in nanosec" in capsys.readouterr().out
+
+
+def test_a_clock_of_32_bits_is_unwrapped_in_labels_as_in_events(tmp_path):
+    t, *others = some_events(3000, 1_900_000)
+    start = 2**32 - 1_000_000
+    for name, wrap in (("whole", 2**62), ("wrapped", 2**32)):
+        labels = some_labels((GRID_US[:17] + start) % wrap)
+        raw = raw_set(tmp_path / name, labels, ((t + start) % wrap, *others))
+        assert prepare.prepare(raw, tmp_path / name) == {"prepared": 1}
+    assert same_tree(load(tmp_path / "whole/train/a"), load(tmp_path / "wrapped/train/a"))
+
+
+def test_boxes_of_one_frame_whose_times_lie_a_little_apart_stay_together(tmp_path):
+    times = np.repeat(GRID_US[:5], 3) + np.tile([0, 7, 1500], 5)
+    raw = raw_set(tmp_path / "raw", some_labels(times))
+    prepare.prepare(raw, tmp_path / "out")
+    sequence = data.Sequence(tmp_path / "out/train/a")
+    assert [len(boxes) for boxes in sequence.boxes] == [3] * 5
+    assert prepare.joined(np.arange(0, 6000, 1000)) == [0, 0, 2000, 2000, 4000, 4000]
+
+
+def test_find_sequences_refuses_two_files_of_one_name_and_tells_what_it_ignores(tmp_path, capsys):
+    raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:3]), splits=("train", "val"))
+    (raw / "train/a_td.dat").write_bytes(b"converted to a_td.h5")
+    (raw / "validation").mkdir()
+    (raw / "train/notes.txt").touch()
+    assert prepare.prepare(raw, tmp_path / "out") == {"prepared": 2}
+    said = capsys.readouterr().out
+    assert "2 ignored: " in said and "validation" in said and "notes.txt" in said
+    assert "WARNING: " in said and "val/a_td.h5 seems to be in two splits" in said
+    for name in ("a.h5", "a_td_bbox.npy"):
+        (raw / "train" / name).touch()
+        with pytest.raises(ValueError, match="a.*a.*two of one name"):
+            prepare.prepare(raw, tmp_path / "out")
+        (raw / "train" / name).unlink()
+    (raw / "train/a_labels.npy").touch()
+    with pytest.raises(ValueError, match="a_labels.npy: labels. Call them NAME_bbox.npy"):
+        prepare.prepare(raw, tmp_path / "out")
+
+
+def test_prepare_does_not_take_an_empty_folder_for_a_sequence(tmp_path, capsys):
+    raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:3]))
+    (tmp_path / "out/train/a").mkdir(parents=True)
+    argv = [f"--src={raw}", f"--dst={tmp_path}/out"]
+    prepare.main(argv)
+    assert "{'prepared': 1}" in capsys.readouterr().out
+    prepare.main(argv)
+    assert "delete its folder first" in capsys.readouterr().out
+
+
+def test_without_names_a_damaged_label_file_does_not_settle_the_classes(tmp_path):
+    raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:3], class_id=4), names=("a", "b"))
+    damaged = raw / "train/b_bbox.npy"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="b_bbox.npy"):
+        prepare.prepare(raw, tmp_path / "out")
+    with pytest.raises(ValueError, match="1 of 2 failed.*b_bbox.npy"):
+        prepare.prepare(raw, tmp_path / "named", class_names="abcde")
+    damaged.write_bytes(whole)
+    assert prepare.prepare(raw, tmp_path / "out") == {"prepared": 2}
+
+
+@pytest.mark.parametrize("names", [("car", "car"), ("car", "", "bike")])
+def test_class_names_that_are_empty_or_there_twice_are_refused(names, tmp_path):
+    raw = raw_set(tmp_path / "raw")
+    with pytest.raises(ValueError, match="classes car, .*: one is empty or there twice"):
+        prepare.prepare(raw, tmp_path / "out", class_names=names)
+    with pytest.raises(ValueError, match="classes car, .*: one is empty or there twice"):
+        data.load_classes(tmp_path, names, 0)
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": "car"}))
+    with pytest.raises(ValueError, match="dataset.json.*expected a list of names"):
+        data.load_classes(tmp_path, (), 0)
+
+
+@pytest.mark.parametrize("key, change, words", [
+    ("x", lambda x: x / 64, "x or y has fractions"),
+    ("x", lambda x: x + 2**32, "most events lie off the sensor"),
+    ("t", lambda t: np.append(t[:60] + 10**9, t[60:]), "several recordings")])
+def test_events_off_the_sensor_or_far_in_time_are_refused(key, change, words, tmp_path):
+    raw = raw_set(tmp_path / "raw")
+    with h5py.File(raw / "train/a_td.h5", "r+") as file:
+        column = file["events"].pop(key)[:]
+        file["events"][key] = change(column.astype(np.int64))
+    with pytest.raises(ValueError, match=f"a_td.h5: .*{words}"):
+        prepare.prepare(raw, tmp_path / "out")
+
+
+def test_a_recording_of_one_instant_is_not_prepared(tmp_path):
+    raw = raw_set(tmp_path / "raw", None, some_events(1, 700_000))
+    assert prepare.prepare(raw, tmp_path / "out") == {"skipped": 1}
 
 
 def test_prepare_names_wrong_options_and_folders(tmp_path):
