@@ -545,6 +545,20 @@ def write_sequence(folder, recording, ends, frames, boxes, downsample):
     return report
 
 
+def usable_boxes(path, height, width, options, train):
+    """Boxes (L,) of a label file that are fit for use, {what: number} about it. No path: none."""
+    boxes = np.zeros(0, BOX_DTYPE)
+    if path:
+        boxes = read_labels(path)
+    with reading(path):
+        boxes, about = filter_boxes(
+            boxes, height, width, len(options.class_names), options.box_filter, train)
+    times = np.unique(boxes["t"])
+    if len(times) > 1 and np.diff(times).min() > SLOW_US:
+        about["us between labels (are all times in nanoseconds?)"] = times[1] - times[0]
+    return boxes, about
+
+
 def prepare_sequence(job):
     """Prepare one sequence, job = (split, name, files, options); it appears once it is complete.
 
@@ -554,26 +568,19 @@ def prepare_sequence(job):
     split, name, files, options = job
     partial = Path(options.dst, ".partial", split, name)
     final = Path(options.dst, split, name)
-    boxes = np.zeros(0, BOX_DTYPE)
     try:
         recording = Recording(files["events"], options.height, options.width)
         size = recording.height, recording.width
         next(recording.chunks(), None)  # tells when it starts
         # Labels, and which of their times are labelled frames.
-        if "labels" in files:
-            boxes = read_labels(files["labels"])
-        with reading(files.get("labels")):
-            boxes, report = filter_boxes(
-                boxes, *size, len(options.class_names), options.box_filter, split == "train")
+        boxes, report = usable_boxes(files.get("labels"), *size, options, split == "train")
         times = np.unique(boxes["t"])
-        if len(times) > 1 and np.diff(times).min() > SLOW_US:
-            report["us between labels (are all times in nanoseconds?)"] = times[1] - times[0]
         boxes["t"] = joined(boxes["t"])
         frames, spacing_us = label_frames(np.unique(boxes["t"]), options.grid_us)
         report["label times left out, or joined"] = len(times) - len(frames)
         boxes = boxes[np.isin(boxes["t"], frames)]
         # Windows, where these need to know how long the recording is.
-        long = len(frames) and frames[-1] - recording.first_us > MAX_LENGTH_US
+        long = (frames - recording.first_us > MAX_LENGTH_US).any()
         if len(frames) == 0 or long or too_fast(times):
             for _ in recording.chunks():
                 pass
@@ -614,27 +621,42 @@ def run_jobs(function, jobs, num_workers):
 # ---- data sets
 
 
+def kind_of(path):
+    """What a file in a split holds: "events", "labels" or "". ValueError: labels of another name.
+    """
+    if path.name.endswith("_bbox.npy"):
+        return "labels"
+    if path.suffix == ".npy":
+        raise ValueError(f"{path}: labels? Call them NAME_bbox.npy, where NAME_td.h5 is")
+    return "events" if path.suffix.lower() in READERS else ""
+
+
 def find_sequences(folder):
-    """[(split, name, {"events": path, "labels": path})] in a folder; ValueError if none."""
+    """[(split, name, {"events": path, "labels": path})] in a folder; prints what it ignores.
+
+    ValueError: none, two recordings or label files of one name.
+    """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
     found = {}
-    ignored = [str(path) for path in Path(folder).iterdir() if path.name not in SPLITS]
+    twins = {}  # recordings by name and size
+    ignored = [path for path in Path(folder).iterdir() if path.name not in SPLITS]
     for split in SPLITS:
         for path in sorted(Path(folder, split).glob("[!.]*")):
-            kind = "labels" if path.suffix == ".npy" else "events"
-            if kind == "labels" and not path.name.endswith("_bbox.npy"):
-                raise ValueError(f"{path}: labels? Call them NAME_bbox.npy, as NAME_td.h5 has")
-            if kind == "labels" or path.suffix.lower() in READERS:
-                name = path.stem.removesuffix("_bbox").removesuffix(".dat").removesuffix("_td")
-                # where no recording follows, Recording fails with this text for a path
-                files = found.setdefault((split, name), {"events": f"no recording beside {path}"})
-                before = Path(files.get(kind, path))
-                if before.exists() and path.stem not in (before.stem, before.name):
-                    raise ValueError(f"{before}, {path}: two of one name; move one away")
-                files[kind] = path
-            else:
-                ignored.append(str(path))
+            kind = kind_of(path)
+            if kind == "":
+                ignored.append(path)
+                continue
+            name = path.stem.removesuffix("_bbox").removesuffix(".dat").removesuffix("_td")
+            # where no recording follows, Recording fails with this text for a path
+            files = found.setdefault((split, name), {"events": f"no recording beside {path}"})
+            before = Path(files.get(kind, path))
+            if before.exists() and path.stem not in (before.stem, before.name):  # not converted
+                raise ValueError(f"{before}, {path}: two of one name; move one away")
+            files[kind] = path
+            size = path.exists() and path.stat().st_size
+            if kind == "events" and twins.setdefault((name, size), path).parent != path.parent:
+                print(f"WARNING: {path} seems to be in two splits")
     if not found:
         raise ValueError(
             f"{folder}: no recordings in it; expected train/NAME_td.h5 (or .raw, .dat, ...) with "
@@ -642,12 +664,7 @@ def find_sequences(folder):
             "as train/SEQUENCE.h5, its tracks.npy as train/SEQUENCE_bbox.npy, and give "
             "--height=480 --width=640")
     if ignored:
-        print(f"{len(ignored)} ignored: {', '.join(ignored[:3])}")
-    sizes = {}
-    for (_, name), files in found.items():
-        path = Path(files["events"])
-        if path.exists() and sizes.setdefault((name, path.stat().st_size), path) != path:
-            print(f"WARNING: {path} seems to be in two splits")
+        print(f"{len(ignored)} ignored, as {ignored[0]}")
     return [(*key, files) for key, files in found.items()]
 
 
