@@ -8,6 +8,7 @@ its weights, or one line that says what does not fit.
 
 import dataclasses
 import re
+import zipfile
 
 import torch
 
@@ -28,15 +29,18 @@ def is_checkpoint(found):
 def read_checkpoint(path):
     """Contents of a checkpoint file (ours or RVT's) on the CPU, read without running code.
 
-    ValueError in one line: no such file, truncated, no checkpoint, or with objects in it that only
+    ValueError in one line: no such file, damaged, no checkpoint, or with objects in it that only
     running code could restore.
     """
     try:
+        # torch checks no checksums
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("damaged")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for damaged files
-        what = "not a checkpoint, or truncated"
+        what = "not a checkpoint, truncated or damaged"
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
             what = (
@@ -78,6 +82,9 @@ def load_weights(model, weights, where, new_classes=False):
         weights = own | {name: x for name, x in weights.items() if name not in wrong}
     elif wrong:
         raise ValueError(f"{where}: {len(wrong)} weights do not fit this architecture: {first}")
+    for name, x in weights.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{where}: {name} is not finite; take an earlier checkpoint")
     model.load_state_dict(weights)
     return model
 

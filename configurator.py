@@ -71,7 +71,9 @@ def configure(defaults, argv):
         if word in ("-h", "--help"):
             sys.exit(f"{sys.modules['__main__'].__doc__}\nkeys and defaults:\n{dump(defaults)}")
         if not word.startswith("--"):
-            with reading(f"{word}: this config fails (options are --KEY=VALUE)"):
+            if not word.endswith(".py"):
+                raise ValueError(f"{word}: no config NAME.py (options are --KEY=VALUE)")
+            with reading(f"{word}: this config fails"):
                 names = runpy.run_path(word, config)
             for key, value in names.items():
                 if not key.startswith("_"):

@@ -136,8 +136,8 @@ class Sequence:
             stored = np.load(self.path / "labels_v2/labels.npz")
             labels = stored["labels"]
             first = stored["objframe_idx_2_label_idx"]  # first label of each labelled frame
-            if len(self.timestamps_us) != self.length:
-                raise ValueError("expected a time for each frame")
+            if len(self.timestamps_us) != self.length or (np.diff(self.timestamps_us) <= 0).any():
+                raise ValueError("expected ascending times, one for each frame")
             for array, end in ((frames, self.length), (first, len(labels))):
                 if not (np.diff(array, prepend=-1, append=end) > 0).all():
                     raise ValueError("indices of frames or labels do not ascend, or go too far")
@@ -208,11 +208,11 @@ def load_classes(data_dir, class_names, num_classes):
     if not path.parent.exists():
         raise ValueError(f"no such folder: {data_dir}")
     names = class_names or range(num_classes)
-    with reading(path):
+    with reading(f'{path}, expected {{"classes": [NAME, ...]}}'):
         if path.is_file():
             names = json.loads(path.read_bytes())["classes"]
             if not isinstance(names, list):
-                raise ValueError(f"classes is {names!r}, expected a list of names")
+                raise ValueError(f"classes is {names!r}, no list")
         names = tuple(map(str, names))  # --class_names=30,50 gives numbers
         check_names(names)
         if not names or num_classes not in (0, len(names)):
@@ -500,6 +500,8 @@ def main(argv):
         argv = ["--data_dir", *argv]
     config = configure(defaults, argv)
     names = load_classes(config["data_dir"], config["class_names"] or range(2**16), 0)
+    if len(names) == 2**16:
+        print("WARNING: no dataset.json and no class_names; train.py needs --class_names, by id")
     findings = []
     sides = {}
     for split in config["split"]:

@@ -14,6 +14,7 @@ import shutil
 import signal
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -675,13 +676,8 @@ def name_classes(names, sequences):
     """
     ids = set()
     for _, _, files in sequences:
-        if "labels" not in files:
-            continue
-        try:
+        with suppress(ValueError, KeyError):  # no labels; those that are damaged are reported later
             ids.update(read_labels(files["labels"])["class_id"].tolist())
-        except ValueError:  # reported later, but without names no label may be missing
-            if not names:
-                raise
     largest = max(ids, default=0)
     if not names and largest >= MAX_CLASSES:
         raise ValueError(f"class ids up to {largest}: count them from 0, or name them all")
@@ -711,6 +707,7 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     sequences = find_sequences(src)
     options.class_names = [str(name) for name in options.class_names]
     check_names(options.class_names)
+    numbered = dataset == "own" and not options.class_names
     if dataset != "gen4":  # its labels know more classes than are used
         with reading(src):
             options.class_names = name_classes(options.class_names, sequences)
@@ -722,6 +719,9 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     path = Path(dst, "dataset.json")
     with reading(path):
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
+        known = before["classes"]
+        if numbered and known == options.class_names[:len(known)]:
+            before["classes"] = options.class_names  # once damaged labels are mended there are more
         if before | about != before:
             raise ValueError("prepared with other classes or options; take another --dst")
     # What an interrupted run has left is made from scratch.

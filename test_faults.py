@@ -291,8 +291,12 @@ def test_read_checkpoint_names_what_is_none_in_one_line(tmp_path, monkeypatch):
     Path("raw.pt").write_bytes(pickle.dumps({"state_dict": Hostile()}))
     torch.save({"a": 1}, "other.pt")
     torch.save({"state_dict": {}, "callbacks": Hostile()}, "hostile.pt")
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    Path("flipped.pt").write_bytes(flipped)
     for name, word in (
-            ("cut.pt", "truncated"), ("empty.pt", "not a checkpoint"), ("raw.pt", "raw.pt"),
+            ("cut.pt", "truncated"), ("flipped.pt", "damaged"), ("raw.pt", "raw.pt"),
+            ("empty.pt", "not a checkpoint"),
             ("text.pt", "not a checkpoint"), ("other.pt", "no checkpoint of"),
             ("hostile.pt", "convert it"), ("missing.pt", "no such")):
         with pytest.raises(ValueError, match=word) as error:
@@ -380,7 +384,7 @@ def test_open_split_names_a_file_that_is_missing_or_a_pickle(tmp_path, file):
 
 @pytest.mark.parametrize("file, value", [
     *((FRAMES, value) for value in ([2, 2], [5, 2], [-1, 5], [2, 8], [2], [2, 5, 6], 3)),
-    *((TIMES, value) for value in (range(7), range(9)))])
+    *((TIMES, value) for value in (range(7), range(9), [0] * 8))])
 def test_open_split_names_indices_and_times_that_do_not_fit(tmp_path, file, value):
     refused_sequence(tmp_path, lambda path: np.save(path / file, np.array(value)))
 
@@ -537,7 +541,8 @@ def test_data_main_finds_what_training_would_fail_on(tmp_path, capsys):
     os.truncate(tmp_path / "test" / "s1" / EVENTS, 9000)
     with pytest.raises(ValueError, match="training would fail"):
         data.main([str(tmp_path), "--split=train,val,test"])
-    _, _, decode, empty, unlabelled, cut = capsys.readouterr().out.splitlines()
+    warning, _, _, decode, empty, unlabelled, cut = capsys.readouterr().out.splitlines()
+    assert warning.startswith("WARNING: no dataset.json") and "--class_names" in warning
     assert decode.startswith(f"FINDING: {tmp_path}/train/s1") and "frame 4 does not" in decode
     assert empty.startswith(f"FINDING: {tmp_path}/train/s3: labelled, but hardly any window holds")
     assert unlabelled.startswith(f"FINDING: {tmp_path}/val: no") and "labelled" in unlabelled
@@ -580,6 +585,7 @@ def test_configure_keeps_every_name_as_it_is_written_and_in_its_place():
     (["--batch_size=x"], "batch_size"),
     (["--batch_size"], "no value"),
     (["nothing.py"], "nothing.py"),
+    (["settings.yaml"], "settings.yaml: no config NAME.py"),
     (["--compile=7"], "compile"),
     (["--zzz", "3"], "known are batch_size"),
 ])
@@ -776,11 +782,12 @@ def test_train_from_poisoned_weights_ends_the_run(traffic, tmp_path):
     argv = [*TINY, f"--data_dir={traffic}"]
     assert run_train(*argv, f"--out_dir={tmp_path}/a", "--max_steps=1") == 0
     checkpoint = checkpoint_of(tmp_path / "a")
-    checkpoint["model"]["stages.0.norm.bias"][0] = float("nan")
-    torch.save(checkpoint, tmp_path / "poisoned.pt")
-    with pytest.raises(ValueError, match="2 steps in a row"):
-        train.main([*argv, f"--out_dir={tmp_path}/b", f"--init_from={tmp_path}/poisoned.pt",
-                    "--max_steps=9", "--max_bad_steps=2"])
+    more = [f"--init_from={tmp_path}/poisoned.pt", "--max_steps=9", "--max_bad_steps=2"]
+    for value, words in ((3e38, "2 steps in a row"), (math.nan, "0.norm.bias is not finite")):
+        checkpoint["model"]["stages.0.norm.bias"][:] = value
+        torch.save(checkpoint, tmp_path / "poisoned.pt")
+        with pytest.raises(ValueError, match=words):
+            train.main([*argv, f"--out_dir={tmp_path}/{value}", *more])
 
 
 def test_train_refuses_weights_of_another_architecture(traffic, tmp_path):
@@ -829,6 +836,7 @@ def test_train_names_what_does_not_fit_the_data_before_any_work(option, word, tr
     "--sampling=mixed --mixed_random=0", "--sampling=mixed --batch_size=1", "--eval_interval=0",
     "--patch_size=5", "--device=tpu", "--num_workers=-1", "--grad_clip_by=x", "--device=cpu:x",
     "--dtype=int8", "--grad_clip=-1", "--learning_rate=1e999", "--weight_type=cubic",
+    "--seed=99999999999999999999",
 ])
 def test_check_names_values_that_cannot_work_before_a_set_is_simulated(option, monkeypatch):
     monkeypatch.setattr(train, "ensure_toy", lambda *a: pytest.fail("simulated"))
@@ -865,6 +873,11 @@ def test_train_refuses_an_out_dir_that_holds_a_checkpoint(traffic, tmp_path):
     with pytest.raises(ValueError, match="--init_from=resume.*--out_dir"):
         train.main(argv)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+    (tmp_path / "ckpt.pt").unlink()
+    with pytest.raises(ValueError, match="best.pt is there"):
+        train.main(argv)
+    with pytest.raises(ValueError, match="out_dir is empty"):
+        train.main([*argv, "--out_dir="])
 
 
 def test_resume_takes_changed_options_and_a_moved_folder(traffic, tmp_path):
@@ -1522,7 +1535,7 @@ def test_prepare_refuses_class_ids_and_boxes_that_are_none(change, words, tmp_pa
         labels[name] = value
     with pytest.raises(ValueError, match=words):
         prepare.prepare(raw_set(tmp_path / "raw", labels), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out/train").exists()
 
 
 def test_prepare_tells_corners_from_sides_and_counts_boxes_that_are_not_finite(tmp_path, capsys):
@@ -1622,16 +1635,17 @@ def test_prepare_does_not_take_an_empty_folder_for_a_sequence(tmp_path, capsys):
 
 
 def test_without_names_a_damaged_label_file_does_not_settle_the_classes(tmp_path):
-    raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:3], class_id=4), names=("a", "b"))
+    raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:3], class_id=1))
+    raw_set(raw, some_labels(GRID_US[:3], class_id=4), names=("b",))
     damaged = raw / "train/b_bbox.npy"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match="b_bbox.npy"):
-        prepare.prepare(raw, tmp_path / "out")
     with pytest.raises(ValueError, match="1 of 2 failed.*b_bbox.npy"):
-        prepare.prepare(raw, tmp_path / "named", class_names="abcde")
+        prepare.prepare(raw, tmp_path / "out")
+    assert data.load_classes(tmp_path / "out", (), 0) == ("0", "1")
     damaged.write_bytes(whole)
-    assert prepare.prepare(raw, tmp_path / "out") == {"prepared": 2}
+    assert prepare.prepare(raw, tmp_path / "out") == {"there already": 1, "prepared": 1}
+    assert data.load_classes(tmp_path / "out", (), 0) == ("0", "1", "2", "3", "4")
 
 
 @pytest.mark.parametrize("names", [("car", "car"), ("car", "", "bike")])
@@ -1642,7 +1656,7 @@ def test_class_names_that_are_empty_or_there_twice_are_refused(names, tmp_path):
     with pytest.raises(ValueError, match="classes car, .*: one is empty or there twice"):
         data.load_classes(tmp_path, names, 0)
     (tmp_path / "dataset.json").write_text(json.dumps({"classes": "car"}))
-    with pytest.raises(ValueError, match="dataset.json.*expected a list of names"):
+    with pytest.raises(ValueError, match="dataset.json, expected.*no list"):
         data.load_classes(tmp_path, (), 0)
 
 

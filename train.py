@@ -119,13 +119,15 @@ def fields_of(kind, config):
 
 def check(config):
     """ValueError for values that cannot work, alone or together, before any work is done."""
+    if not config.out_dir:
+        raise ValueError("out_dir is empty; name a folder")
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
             raise ValueError(f"{key}={getattr(config, key)!r}: expected {' or '.join(choices)}")
     for key, value in vars(config).items():
         least = 1 if key in COUNTS else 0
-        if isinstance(value, (int, float)) and value < least:
-            raise ValueError(f"{key}={value}: below {least}")
+        if isinstance(value, (int, float)) and not least <= value < 2**63:
+            raise ValueError(f"{key}={value}: expected {least} to 2**63")
     least = min(config.batch_size - 1, config.mixed_stream, config.mixed_random)
     if config.sampling == "mixed" and least <= 0:
         raise ValueError("sampling=mixed needs batch_size > 1, mixed_stream > 0, mixed_random > 0")
@@ -565,8 +567,9 @@ def train(config, checkpoint=None):
     check(config)
     reuse_memory()
     out = config.out_dir
-    if not checkpoint and os.path.exists(f"{out}/ckpt.pt"):
-        raise ValueError(f"{out}/ckpt.pt is there: --init_from=resume goes on with that run, "
+    there = [name for name in ("ckpt.pt", "best.pt", "log.csv") if os.path.exists(f"{out}/{name}")]
+    if there and not checkpoint:
+        raise ValueError(f"{out}/{there[0]} is there: --init_from=resume goes on with that run, "
                          "another --out_dir starts one beside it")
     run = Run(config, checkpoint)
     vars(config).update(dataclasses.asdict(run.model.config), class_names=run.names)  # as derived
