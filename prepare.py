@@ -623,8 +623,7 @@ def run_jobs(function, jobs, num_workers):
 
 
 def kind_of(path):
-    """What a file in a split holds: "events", "labels" or "". ValueError: labels of another name.
-    """
+    """What a file holds: "events", "labels" or "". ValueError: labels by another name."""
     if path.name.endswith("_bbox.npy"):
         return "labels"
     if path.suffix == ".npy":
@@ -641,7 +640,7 @@ def find_sequences(folder):
         raise ValueError(f"{folder}: no such folder")
     found = {}
     twins = {}  # recordings by name and size
-    ignored = [path for path in Path(folder).iterdir() if path.name not in SPLITS]
+    ignored = [path for path in Path(folder).glob("[!.]*") if path.name not in SPLITS]
     for split in SPLITS:
         for path in sorted(Path(folder, split).glob("[!.]*")):
             kind = kind_of(path)
