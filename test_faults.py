@@ -909,6 +909,23 @@ def test_resume_with_another_optimizer_is_refused(traffic, tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
+def test_resume_equals_an_unbroken_run_also_where_the_validation_broke(
+        traffic, tmp_path, monkeypatch):
+    options = ("--max_steps=4", "--log_interval=3", "--eval_interval=2", "--optimizer=muon")
+    trained(traffic, tmp_path / "whole", *options)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detect, "run", full)
+        with pytest.raises(ValueError, match="out of memory.*eval_batch_size"):
+            trained(traffic, tmp_path / "broken", *options)
+    assert checkpoint_of(tmp_path / "broken")["step"] == 2
+    assert run_train(f"--out_dir={tmp_path}/broken", "--init_from=resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_resume_of_weights_without_a_training_state_is_refused(traffic, tmp_path):
     assert run_train(*TINY, f"--data_dir={traffic}", f"--out_dir={tmp_path}", "--max_steps=1") == 0
     checkpoint = checkpoint_of(tmp_path)

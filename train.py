@@ -246,8 +246,8 @@ class Muon(torch.optim.AdamW):
             state = self.state[p]
             if not state:  # AdamW wants a count of steps in each state that it loads
                 state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
-            momentum = state["momentum"].lerp_(p.grad, 0.05)
-            ahead = p.grad.lerp(momentum, 0.95)  # Nesterov's
+            momentum = state["momentum"].lerp_(p.grad, 0.1)
+            ahead = p.grad.lerp(momentum, 0.9)  # Nesterov's
             direction = orthogonal(ahead.flatten(1))
             # its root mean square is the learning rate, the most that AdamW steps: one rate for all
             length = group["lr"] * max(direction.shape) ** 0.5
