@@ -123,8 +123,8 @@ def make_scene(rng, options):
     return SimpleNamespace(
         ground=ground,
         sizes=options.sizes,
-        horizon=H * rng.uniform(0.1, 0.3),  # px from the top
-        camera=rng.uniform(3.5, 6),         # m above the road
+        horizon=H * rng.uniform(0.05, 0.3), # px from the top
+        camera=rng.uniform(3.5, 8),         # m above the road
         road=rng.uniform(-0.6, 0.6),        # its direction, radians; 0: straight across the view
         night=night,
         contrast=0.55 if night else 1,
@@ -132,12 +132,15 @@ def make_scene(rng, options):
     )
 
 
-def draw(parts, body):
+def draw(parts, body, rise):
     """Picture of a thing (2, CELLS, CELLS): log intensity times cover, and cover, 0 or 1.
 
-    body: log intensity of its body. The corners of all parts are round.
+    body: log intensity of its body. rise: by how much of its height its front is above its back.
+    The corners of all parts are round.
     """
     y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 100 / CELLS
+    higher = x if rise < 0 else 100 - x
+    y = y * (1 + abs(rise)) - higher * abs(rise)
     picture = np.zeros((2, CELLS, CELLS), np.float32)
     for paint, top, bottom, left, right in parts:
         down = (2 * y - top - bottom) / (bottom - top)  # -1 to 1
@@ -159,7 +162,7 @@ def make_thing(rng, kind, scene, steps):
     # The size in px is drawn first, the same way for all kinds, and the depth follows from it, so
     # that the size does not tell the class; but nothing is so near that its foot is out of view.
     size = 2 * np.exp(rng.uniform(*np.log(scene.sizes)))
-    depth = max(W * np.sqrt(length * tall) / size, 2 * scene.camera)
+    depth = max(W * np.sqrt(length * tall) / size, 1.7 * scene.camera)
 
     # Metres along its way; 0, at the place that is drawn, is reached at a random time.
     time = np.arange(steps) / FPS
@@ -172,6 +175,9 @@ def make_thing(rng, kind, scene, steps):
 
     # On the ground plane, then in the image.
     angle = rng.normal(scene.road, 0.2) + np.pi * rng.integers(2)
+    # Seen from above, its line on the ground rises in the image where it goes away.
+    rise = np.clip(scene.camera / depth * np.tan(angle) * np.sign(np.cos(angle)), -0.6, 0.6)
+    rise *= length / tall * (speed > 0)
     right = rng.uniform(-0.45, 0.45) * depth + np.cos(angle) * way
     depth = np.maximum(depth + np.sin(angle) * way, 0.5)
     scale = W / depth  # px a metre
@@ -180,12 +186,13 @@ def make_thing(rng, kind, scene, steps):
         middle += 0.05 * length * scale * np.sin(time * rng.uniform(2, 20))
     half = length / 2 * scale
     foot = scene.horizon + scene.camera * scale
-    box = np.stack((middle - half, foot - tall * scale, middle + half, foot), 1)
+    over = abs(rise) * tall * scale / 2
+    box = np.stack((middle - half, foot - tall * scale - over, middle + half, foot + over), 1)
     moved = np.cumsum(pace * scale) / FPS
 
     if scene.night and speed > 5:
         parts += HEADLIGHT
-    picture = draw(parts, rng.normal(0, 0.8))
+    picture = draw(parts, rng.normal(0, 0.8), rise)
     if np.cos(angle) < 0:  # it goes to the left
         picture = picture[..., ::-1]
     return SimpleNamespace(kind=kind, box_xyxy=box, depth=depth, moved=moved, picture=picture)
