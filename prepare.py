@@ -104,7 +104,7 @@ FRAME_US = 100_000  # between labelled frames, about; the earliest labelled fram
 JITTER_US = 2_000  # how far off the grid of labels a label may be, or off the others of a frame
 MAX_CLASSES = 1_000  # without names
 FAST_US = 1_000  # labels that all follow one another faster are of another unit
-SLOW_US = 20_000_000  # and perhaps those that all follow slower
+SLOW_US = 20_000_000  # where all are further apart, times may be nanoseconds
 # What is likely where the recording lasts 10**key times as long as its labels.
 CAUSES = {
     3: "labels in milliseconds or events in nanoseconds",
@@ -272,9 +272,9 @@ class Recording:
 
         ValueError: a long gap, or more than a few are late by more than LATE_US.
         """
-        last = t[-1]
+        given = t[-1]
         t = unwrapped(t, self.last_us if self.events else t[0])
-        self.turns_us += t[-1] - last
+        self.turns_us += t[-1] - given  # for the blocks that follow
         near = ~far_off(t)
         t, x, y, p = t[near], x[near], y[near], p[near]
         self.far += len(near) - len(t)
@@ -373,9 +373,12 @@ def read_labels(path):
             return boxes
         if (boxes["class_id"] != stored["class_id"]).any():
             raise ValueError("a class_id is below 0, or no whole number")
-        if 0 < max(boxes[name].max() for name in "xywh") <= 1:
+        large = [(boxes[name] > 1).any() for name in "xywh"]
+        if (boxes["w"] > 0).any() and not any(large):
             raise ValueError("boxes in fractions of the frame; pixels are needed")
-        boxes["t"] = unwrapped(boxes["t"], boxes["t"][0])
+        turned = unwrapped(boxes["t"], boxes["t"][0])
+        if (np.diff(turned) >= 0).all():  # else they are in another order, by track say
+            boxes["t"] = turned
         return boxes[np.argsort(boxes["t"], kind="stable")]
 
 
@@ -385,15 +388,17 @@ def filter_boxes(boxes, height, width, num_classes, box_filter, train):
     prophesee: the limits of Prophesee's evaluation, 60 px diagonal and 20 px sides at a width of
     1280 (30 and 10 on Gen1's 304), in proportion on other sensors. sides5: 5 px sides. Boxes wider
     than 9/10 of the frame are faults and not trained on. Source: RVT, preprocess_dataset.py.
-    ValueError: w and h seem to be another corner.
+    ValueError: w and h seem to be x2 and y2.
     """
     finite = np.isfinite(boxes["x"] + boxes["y"] + boxes["w"] + boxes["h"])
     about = {"boxes not finite": np.count_nonzero(~finite)}
     boxes = boxes[finite]
-    outside = (boxes["x"] + boxes["w"] > width) | (boxes["y"] + boxes["h"] > height)
-    about["boxes beyond right or lower edge"] = np.count_nonzero(outside)
-    beyond_corner = (boxes["w"] > boxes["x"]) & (boxes["h"] > boxes["y"])
-    if len(boxes) > 10 and np.mean(outside) > 0.5 and beyond_corner.all():
+    right = (boxes["x"] + boxes["w"]) / width
+    lower = (boxes["y"] + boxes["h"]) / height
+    reach = np.maximum(right, lower)
+    about["boxes cropped at right or lower edge"] = np.count_nonzero(reach > 1)
+    could_be_corners = (boxes["w"] > boxes["x"]) & (boxes["h"] > boxes["y"])
+    if len(boxes) > 10 and np.mean(reach > 1.1) > 0.5 and could_be_corners.all():
         raise ValueError("most boxes leave the frame: are w and h the other corner, x2 and y2?")
     for corner, side, limit in (("x", "w", width - 1), ("y", "h", height - 1)):
         end = np.clip(boxes[corner] + boxes[side], 0, limit)
@@ -421,12 +426,14 @@ def distance(since_us, step_us):
 
 
 def joined(times):
-    """Ascending label times (L,) us; those within JITTER_US become one, the first of them."""
-    times = times.tolist()
-    for k in range(1, len(times)):
-        if times[k] - times[k - 1] < JITTER_US:
-            times[k] = times[k - 1]
-    return times
+    """Ascending label times (L,) us; bursts shorter than JITTER_US get the first time of theirs."""
+    starts = np.diff(times, prepend=times[:1]) >= JITTER_US
+    starts[:1] = True
+    ends = np.append(starts[1:], True)[:len(times)]
+    burst = np.cumsum(starts) - 1
+    first = times[starts][burst]
+    last = times[ends][burst]
+    return np.where(last - first < JITTER_US, first, times)
 
 
 def label_frames(times, grid_us):
@@ -461,8 +468,14 @@ def label_frames(times, grid_us):
 
 
 def too_fast(times):
-    """Whether so many label times (L,) us all follow one another faster than FAST_US."""
-    return len(times) > 10 and np.diff(times).max() < FAST_US
+    """Whether many label times (L,) us all follow one another faster than FAST_US.
+
+    Except in one burst: the boxes of a frame.
+    """
+    if len(times) <= 10:
+        return False
+    burst = np.ptp(times) < JITTER_US and times[0] >= FRAME_US
+    return np.diff(times).max() < FAST_US and not burst
 
 
 def check_clocks(recording, times):
@@ -569,13 +582,14 @@ def prepare_sequence(job):
     split, name, files, options = job
     partial = Path(options.dst, ".partial", split, name)
     final = Path(options.dst, split, name)
+    outcome = "skipped"
     try:
         recording = Recording(files["events"], options.height, options.width)
         size = recording.height, recording.width
         next(recording.chunks(), None)  # tells when it starts
         # Labels, and which of their times are labelled frames.
         boxes, report = usable_boxes(files.get("labels"), *size, options, split == "train")
-        times = np.unique(boxes["t"])
+        times = np.unique(boxes["t"])  # as in the file; frames come from the joined ones
         boxes["t"] = joined(boxes["t"])
         frames, spacing_us = label_frames(np.unique(boxes["t"]), options.grid_us)
         report["label times left out, or joined"] = len(times) - len(frames)
@@ -597,11 +611,11 @@ def prepare_sequence(job):
             report |= write_sequence(partial, recording, ends, frames, boxes, options.downsample)
             final.parent.mkdir(exist_ok=True)
             partial.rename(final)
+            outcome = "prepared"
     except ValueError as error:
         return "failed", str(error), ()
-    outcome = "prepared" if final.exists() else "skipped"
     told = ", ".join(f"{number} {what}" for what, number in report.items() if number)
-    return outcome, f"{split}/{name}: {told or 'no labels or no events'}", size
+    return outcome, f"{split}/{name}: {told or 'no labels, or no events over time'}", size
 
 
 def run_jobs(function, jobs, num_workers):
@@ -623,12 +637,19 @@ def run_jobs(function, jobs, num_workers):
 
 
 def kind_of(path):
-    """What a file holds: "events", "labels" or "". ValueError: labels by another name."""
+    """What a file holds: "events", "labels" or ""."""
     if path.name.endswith("_bbox.npy"):
         return "labels"
-    if path.suffix == ".npy":
-        raise ValueError(f"{path}: labels? Call them NAME_bbox.npy, where NAME_td.h5 is")
     return "events" if path.suffix.lower() in READERS else ""
+
+
+def tell_ignored(paths, labelled):
+    """Print what is ignored; ValueError if it may be labels, where not all recordings have any."""
+    for path in paths:
+        if path.suffix == ".npy" and not labelled:
+            raise ValueError(f"{path}: labels? Call them NAME_bbox.npy, where NAME_td.h5 is")
+    if paths:
+        print(f"{len(paths)} ignored, as {paths[0]}")
 
 
 def find_sequences(folder):
@@ -650,9 +671,10 @@ def find_sequences(folder):
             name = path.stem.removesuffix("_bbox").removesuffix(".dat").removesuffix("_td")
             # where no recording follows, Recording fails with this text for a path
             files = found.setdefault((split, name), {"events": f"no recording beside {path}"})
-            before = Path(files.get(kind, path))
-            if before.exists() and path.stem not in (before.stem, before.name):  # not converted
-                raise ValueError(f"{before}, {path}: two of one name; move one away")
+            earlier = Path(files.get(kind, path))
+            converted = path.stem.removesuffix(".dat") == earlier.stem.removesuffix(".dat")
+            if earlier.exists() and not converted:
+                raise ValueError(f"{earlier}, {path}: two of one name; move one away")
             files[kind] = path
             size = path.exists() and path.stat().st_size
             if kind == "events" and twins.setdefault((name, size), path).parent != path.parent:
@@ -663,8 +685,7 @@ def find_sequences(folder):
             "train/NAME_bbox.npy, also in val and test. DSEC: link SEQUENCE/events/left/events.h5 "
             "as train/SEQUENCE.h5, its tracks.npy as train/SEQUENCE_bbox.npy, and give "
             "--height=480 --width=640")
-    if ignored:
-        print(f"{len(ignored)} ignored, as {ignored[0]}")
+    tell_ignored(ignored, all("labels" in files for files in found.values()))
     return [(*key, files) for key, files in found.items()]
 
 
@@ -689,6 +710,27 @@ def name_classes(names, sequences):
     return names
 
 
+def describe(path, options, numbered):
+    """What dataset.json says, or is to say where `path` is not there yet.
+
+    numbered: the classes are numbers; labels mended since the last run may add some. ValueError:
+    the set was prepared otherwise.
+    """
+    about = {
+        "classes": options.class_names,
+        "box_filter": options.box_filter,
+        "downsample": options.downsample,
+    }
+    with reading(path):
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
+        known = before["classes"]
+        if numbered and known == options.class_names[:len(known)]:
+            before["classes"] = options.class_names
+        if before | about != before:
+            raise ValueError("prepared with other classes or options; take another --dst")
+    return before
+
+
 def prepare(src, dst, dataset="own", num_workers=0, **changes):
     """Prepare the data set below src into dst, print what is odd about each sequence.
 
@@ -710,35 +752,24 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     if dataset != "gen4":  # its labels know more classes than are used
         with reading(src):
             options.class_names = name_classes(options.class_names, sequences)
-    about = {
-        "classes": options.class_names,
-        "box_filter": options.box_filter,
-        "downsample": options.downsample,
-    }
     path = Path(dst, "dataset.json")
-    with reading(path):
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
-        known = before["classes"]
-        if numbered and known == options.class_names[:len(known)]:
-            before["classes"] = options.class_names  # once damaged labels are mended there are more
-        if before | about != before:
-            raise ValueError("prepared with other classes or options; take another --dst")
+    about = describe(path, options, numbered)
     # What an interrupted run has left is made from scratch.
     partial = Path(dst, ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write(path, json.dumps(before))
-    jobs = [(*job, options) for job in sequences if not Path(dst, *job[:2], "labels_v2").exists()]
+    write(path, json.dumps(about))
+    jobs = [(*job, options) for job in sequences if not any(Path(dst, *job[:2]).glob("*"))]
     counts = Counter()
     failed = []
     results = run_jobs(prepare_sequence, jobs, num_workers)
     for outcome, line, size in tqdm(results, "prepare", len(jobs), unit="seq"):
         tqdm.write(f"{outcome}: {line}")
         counts[outcome] += 1
-        before |= zip(("height", "width"), size)
+        about |= zip(("height", "width"), size)
         if outcome == "failed":
             failed.append(line)
-    write(path, json.dumps(before))
+    write(path, json.dumps(about))
     shutil.rmtree(partial)
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} failed, the others are done: {failed[0]}")
@@ -751,7 +782,7 @@ def main(argv):
     counts = prepare(**configure(defaults, argv))
     print(counts)
     if "there already" in counts:
-        print("What is to be made again, with new labels say: delete its folder first.")
+        print("What is to be made again, with new labels say: delete its DST/SPLIT/NAME first.")
     if set(counts) == {"skipped"}:
         raise ValueError("nothing was prepared: no labels or no events were left")
 

@@ -160,7 +160,7 @@ def make_thing(rng, kind, scene, steps):
     _, length, tall, speed, parts = KINDS[kind]
     W = scene.ground.shape[1]
     # The size in px is drawn first, the same way for all kinds, and the depth follows from it, so
-    # that the size does not tell the class; but nothing is so near that its foot is out of view.
+    # that the size does not tell the class; but nothing is nearly below the camera.
     size = 2 * np.exp(rng.uniform(*np.log(scene.sizes)))
     depth = max(W * np.sqrt(length * tall) / size, 1.7 * scene.camera)
 

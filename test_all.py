@@ -1708,7 +1708,7 @@ def test_filter_boxes_crops_filters_and_counts():
     assert kept["t"].tolist() == [0, 1]
     assert kept["x"].tolist() == [0, 50] and kept["w"].tolist() == [15, 13]
     assert dropped["boxes of unknown class"] == dropped["boxes not finite"] == 1
-    assert dropped["boxes off the frame"] == dropped["boxes beyond right or lower edge"] == 2
+    assert dropped["boxes off the frame"] == dropped["boxes cropped at right or lower edge"] == 2
     kept, _ = filter_boxes(boxes.copy(), 48, 64, 100, "none", train=False)
     assert kept["t"].tolist() == [0, 1, 5, 6, 7]
     large = some_labels([0, 1, 2], w=[55, 57, 30], h=[20, 20, 19])

@@ -569,8 +569,8 @@ def train(config, checkpoint=None):
     out = config.out_dir
     there = [name for name in ("ckpt.pt", "best.pt", "log.csv") if os.path.exists(f"{out}/{name}")]
     if there and not checkpoint:
-        raise ValueError(f"{out}/{there[0]} is there: --init_from=resume goes on with that run, "
-                         "another --out_dir starts one beside it")
+        raise ValueError(f"{out} holds {', '.join(there)}: --init_from=resume goes on from its "
+                         "ckpt.pt, another --out_dir starts anew")
     run = Run(config, checkpoint)
     vars(config).update(dataclasses.asdict(run.model.config), class_names=run.names)  # as derived
     if checkpoint:
