@@ -675,6 +675,8 @@ def find_sequences(folder):
             converted = path.stem.removesuffix(".dat") == earlier.stem.removesuffix(".dat")
             if earlier.exists() and not converted:
                 raise ValueError(f"{earlier}, {path}: two of one name; move one away")
+            if earlier.exists() and earlier != path:
+                print(f"{earlier} is not used, {path} is")
             files[kind] = path
             size = path.exists() and path.stat().st_size
             if kind == "events" and twins.setdefault((name, size), path).parent != path.parent:

@@ -1630,7 +1630,7 @@ def test_find_sequences_refuses_two_files_of_one_name_and_tells_what_it_ignores(
     (raw / "train/notes.txt").touch()
     assert prepare.prepare(raw, tmp_path / "out") == {"prepared": 2}
     said = capsys.readouterr().out
-    assert "2 ignored, as " in said and "validation" in said
+    assert "a_td.dat is not used, " in said and "2 ignored, as " in said and "validation" in said
     assert "WARNING: " in said and "val/a_td.h5 seems to be in two splits" in said
     for name in ("a.h5", "a_td_bbox.npy"):
         (raw / "train" / name).touch()
