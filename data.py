@@ -499,8 +499,9 @@ def main(argv):
     if argv and not argv[0].startswith("--"):
         argv = ["--data_dir", *argv]
     config = configure(defaults, argv)
-    names = load_classes(config["data_dir"], config["class_names"] or range(2**16), 0)
-    if len(names) == 2**16:
+    any_id = range(2**16)  # where nothing names the classes
+    names = load_classes(config["data_dir"], config["class_names"] or any_id, 0)
+    if len(names) == len(any_id):
         print("WARNING: no dataset.json and no class_names; train.py needs --class_names, by id")
     findings = []
     sides = {}

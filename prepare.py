@@ -267,13 +267,15 @@ class Recording:
         if not 0 < self.height * self.width < MAX_PIXELS:
             raise ValueError(f"{path}: the sensor's size? Give --height and --width in pixels")
 
-    def in_order(self, t, x, y, p):
+    def in_order(self, t, x, y, p, before):
         """The events with times that never decrease; counts those that it drops and raises.
+
+        before: the time before the first.
 
         ValueError: a long gap, or more than a few are late by more than LATE_US.
         """
         given = t[-1]
-        t = unwrapped(t, self.last_us if self.events else t[0])
+        t = unwrapped(t, before)
         self.turns_us += t[-1] - given  # for the blocks that follow
         near = ~far_off(t)
         t, x, y, p = t[near], x[near], y[near], p[near]
@@ -309,10 +311,11 @@ class Recording:
                 if len(t) == 0:
                     continue
                 t = t + self.turns_us
-                jumps = np.diff(t, prepend=self.last_us if self.events else t[0])
+                before = self.last_us if self.events else t[0]
+                jumps = np.diff(t, prepend=before)
                 # Most blocks are in order as they are.
                 if jumps.min() < 0 or jumps.max() > MAX_GAP_US:
-                    t, x, y, p = self.in_order(t, x, y, p)
+                    t, x, y, p = self.in_order(t, x, y, p, before)
                 if self.events == 0:
                     self.first_us = int(t[0])
                 self.last_us = int(t[-1])
@@ -554,6 +557,8 @@ def write_sequence(folder, recording, ends, frames, boxes, downsample):
         "events with a damaged time": recording.far,
         "times raised": recording.backwards,
     }
+    if len(frames) > 1 and np.diff(frames).min() > SLOW_US:
+        report["us between labels (are all times in nanoseconds?)"] = frames[1] - frames[0]
     if {value > 0 for value in recording.polarities} != {False, True}:
         report[f"events of one polarity only, p is {recording.polarities}"] = recording.events
     return report
@@ -567,9 +572,6 @@ def usable_boxes(path, height, width, options, train):
     with reading(path):
         boxes, about = filter_boxes(
             boxes, height, width, len(options.class_names), options.box_filter, train)
-    times = np.unique(boxes["t"])
-    if len(times) > 1 and np.diff(times).min() > SLOW_US:
-        about["us between labels (are all times in nanoseconds?)"] = times[1] - times[0]
     return boxes, about
 
 
@@ -669,14 +671,12 @@ def find_sequences(folder):
                 ignored.append(path)
                 continue
             name = path.stem.removesuffix("_bbox").removesuffix(".dat").removesuffix("_td")
-            # where no recording follows, Recording fails with this text for a path
-            files = found.setdefault((split, name), {"events": f"no recording beside {path}"})
-            earlier = Path(files.get(kind, path))
-            converted = path.stem.removesuffix(".dat") == earlier.stem.removesuffix(".dat")
-            if earlier.exists() and not converted:
-                raise ValueError(f"{earlier}, {path}: two of one name; move one away")
-            if earlier.exists() and earlier != path:
-                print(f"{earlier} is not used, {path} is")
+            files = found.setdefault((split, name), {})
+            if kind in files:
+                earlier = files[kind]
+                if path.stem.removesuffix(".dat") != earlier.stem.removesuffix(".dat"):
+                    raise ValueError(f"{earlier}, {path}: two of one name; move one away")
+                print(f"{earlier} is not used, {path} is")  # one was converted to the other
             files[kind] = path
             size = path.exists() and path.stat().st_size
             if kind == "events" and twins.setdefault((name, size), path).parent != path.parent:
@@ -688,6 +688,9 @@ def find_sequences(folder):
             "as train/SEQUENCE.h5, its tracks.npy as train/SEQUENCE_bbox.npy, and give "
             "--height=480 --width=640")
     tell_ignored(ignored, all("labels" in files for files in found.values()))
+    # where there is no recording, Recording fails with this text for a path
+    for files in found.values():
+        files.setdefault("events", f"no recording beside {files.get('labels')}")
     return [(*key, files) for key, files in found.items()]
 
 
