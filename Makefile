@@ -17,10 +17,11 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 .PHONY: train ablation test soak lint
 train: .venv/done
 	$(PY) train.py configs/toy.py --init_from=$(if $(wildcard out_toy/ckpt.pt),resume,scratch)
-	$(PY) eval.py --ckpt out_toy/best.pt --split=test
+	$(PY) eval.py --ckpt out_toy/best.pt --split=test --score='obj*cls'
 	$(PY) prepare.py --src=real/parramatta --dst=datasets/parramatta --dataset=etram \
 		--box_filter=none --downsample=none
-	$(PY) eval.py --ckpt out_toy/best.pt --data_dir=datasets/parramatta --out_dir=out_toy/real
+	$(PY) eval.py --ckpt out_toy/best.pt --data_dir=datasets/parramatta --out_dir=out_toy/real \
+		--score='obj*cls'
 	$(PY) demo.py --ckpt out_toy/best.pt --recording real/parramatta/test/parramatta_td.h5 \
 		--out out_toy/real/parramatta.gif
 	@echo "Look at out_toy/curves.png, out_toy/eval/ and out_toy/real/. Next: README.md, 'Your own"
