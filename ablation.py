@@ -59,12 +59,12 @@ TESTED = ("patch_size", "fpn_stages", "size_aware_loss", "size_aware_weight",
 BASELINE = "baseline_3scale"
 COSTLY = 2  # times the baseline: such an arm also runs at equal compute
 
-# Octaves of box sizes: the square root of the area, in pixels.
+# Octaves of box sizes, by the square root of the area in pixels: smallest and largest area.
 SIZES = {
-    "4_8": (0, 8**2),
-    "8_16": (8**2, 16**2),
-    "16_32": (16**2, 32**2),
-    "32_64": (32**2, 64**2),
+    "4_8": (0, 64),
+    "8_16": (64, 256),
+    "16_32": (256, 1024),
+    "32_64": (1024, 4096),
 }
 METRICS = ("AP", "AP50", "AP_4_8", "AP_8_16", "AP_16_32", "AP_32_64", "AR100")
 
@@ -134,10 +134,10 @@ def intervals(scores):
 
     Each draw of sequences goes with a draw of seeds. NaN where a metric is undefined in any.
     """
-    seeds = np.random.default_rng(1).integers(len(scores), size=(scores.shape[1] - 1, len(scores)))
-    draws = np.arange(1, scores.shape[1])[:, None]
-    means = scores[seeds, draws].mean(1)  # (resamples, METRICS)
-    return scores[:, 0].mean(0), *np.percentile(means, (2.5, 97.5), axis=0)
+    value, *draws = scores.swapaxes(0, 1)  # (seeds, METRICS) each
+    rng = np.random.default_rng(1)
+    means = [rng.choice(draw, len(draw)).mean(0) for draw in draws]
+    return value.mean(0), *np.percentile(means, (2.5, 97.5), axis=0)
 
 
 def frames_per_second(folder):
