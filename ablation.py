@@ -108,20 +108,21 @@ def resampled_scores(folder, sequences, names, resamples):
     """
     path = Path(folder, f"scores_{resamples}.npy")
     if path.exists():
-        return np.load(path, allow_pickle=False)
-    labels, found = detect.run(load_detector(f"{folder}/ckpt.pt"), sequences, 4, 5)
-    lengths = [len(sequence.label_frames) for sequence in sequences]
-    frames = np.split(np.arange(len(labels)), np.cumsum(lengths)[:-1])  # of each sequence
+        return np.load(path)
+    model = load_detector(f"{folder}/ckpt.pt")
+    # each sequence alone, as a draw may hold it more than once
+    played = [detect.run(model, [sequence], 1, 5) for sequence in sequences]
 
-    rng = np.random.default_rng(0)
-    draws = [np.arange(len(frames))]
-    draws += list(rng.integers(len(frames), size=(resamples, len(frames))))
+    n = len(sequences)
+    draws = np.random.default_rng(0).integers(n, size=(resamples, n))
     scores = []
-    for draw in tqdm(draws, folder, leave=False):
-        chosen = np.concatenate([frames[k] for k in draw])
-        row = detect.score_boxes(
-            [labels[k] for k in chosen], [found[k] for k in chosen], *sequences[0].hw, names,
-            sizes=SIZES)
+    for draw in (range(n), *draws):
+        labels = []
+        found = []
+        for k in draw:
+            labels += played[k][0]
+            found += played[k][1]
+        row = detect.score_boxes(labels, found, *sequences[0].hw, names, sizes=SIZES)
         scores.append([row[key] for key in METRICS])
     scores = 100 * np.array(scores)
     scores[scores < 0] = np.nan  # undefined
