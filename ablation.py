@@ -6,28 +6,25 @@ In:  configs/toy.py, and what BASE and the experiments' configs change in it. Al
 Out: in out_dir a run of train.py for each arm and seed, with its scores; table.md and table.png.
      What is done is kept: a second call goes on.
 
-    python ablation.py --steps=400 --seeds=2 --processes=2
+    python ablation.py --steps=400 --seeds=2
 """
 
 import os
-import subprocess
 import sys
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import detect
 import train
 from checkpoint import load_detector
 from configurator import command_line, configure
-from data import load_classes, open_split
-from formats import write
+from data import open_split
+from formats import reading, write
 from pictures import draw_differences
 from simulate import ensure_toy
 
@@ -35,8 +32,7 @@ defaults = {
     "out_dir": "out_ablation",
     "data_dir": "datasets/toy",
     "steps": 400,
-    "seeds": 2,
-    "processes": 2,     # runs at a time
+    "seeds": 2,         # of each arm, side by side
     "device": "auto",   # auto | cpu | cuda
     "resamples": 200,   # of the test sequences, for the intervals
 }
@@ -69,49 +65,29 @@ SIZES = {
 METRICS = ("AP", "AP50", "AP_4_8", "AP_8_16", "AP_16_32", "AP_32_64", "AR100")
 
 
-def arm(name):
-    """The words that train.py gets for an arm, without those of a run."""
-    experiment = configure(train.defaults, [f"configs/{name}.py"])
-    return BASE + [f"--{key}={experiment[key]}" for key in TESTED]
+def run(config, resamples):
+    """Train as config says, or go on with it; score -> (1 + resamples, METRICS), in percent.
 
-
-def frame_cost(name, hw, num_classes):
-    """(parameters in millions, GFLOP of a frame's forward pass) of an arm."""
-    config = SimpleNamespace(**configure(train.defaults, arm(name)))
-    model = train.build(config, hw, num_classes)
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 1, 20, *hw))
-    parameters = sum(p.numel() for p in model.parameters())
-    return parameters / 1e6, counter.get_total_flops() / 1e9
-
-
-def train_run(folder, name, steps, seed, config):
-    """Train an arm, or go on with it. ValueError, with the last line of its errors, if it fails."""
-    start = "resume" if Path(folder, "ckpt.pt").exists() else "scratch"
-    words = [
-        *arm(name), f"--seed={seed}", f"--data_dir={config.data_dir}",
-        f"--max_steps={steps}", f"--eval_interval={steps}", f"--device={config.device}",
-        f"--out_dir={folder}", f"--init_from={start}",
-    ]
-    # more threads than cores slow all of them
-    threads = str(max(os.cpu_count() // config.processes, 1))
-    done = subprocess.run([sys.executable, "train.py", *words], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": threads})
-    if done.returncode:
-        raise ValueError(f"{folder}: {done.stderr.splitlines()[-1]}")
-
-
-def resampled_scores(folder, sequences, names, resamples):
-    """Scores (1 + resamples, METRICS) of a run: of the test split, then of sequences drawn from it.
-
-    The draws are the same for all runs, so that differences between arms can be taken draw by draw.
+    First the scores of the test split, then those of as many sequences drawn from it. The draws are
+    the same for all runs, so that differences between arms can be taken draw by draw. ValueError,
+    naming the run, if it fails.
     """
-    path = Path(folder, f"scores_{resamples}.npy")
-    if path.exists():
+    out = config.out_dir
+    path = f"{out}/scores_{resamples}.npy"
+    if os.path.exists(path):
         return np.load(path)
-    model = load_detector(f"{folder}/ckpt.pt")
+    sequences = open_split(config.data_dir, "test")  # here, so that a missing one costs no training
+    with reading(out):
+        if os.path.exists(f"{out}/ckpt.pt"):
+            status = train.resume(out, [f"--device={config.device}"])
+        else:
+            status = train.train(config)
+    if status:  # stopped by a signal
+        sys.exit(status)
+    device, _ = train.resolve_device(config)
+    model = load_detector(f"{out}/ckpt.pt").to(device)
     # each sequence alone, as a draw may hold it more than once
-    played = [detect.run(model, [sequence], 1, 5) for sequence in sequences]
+    played = [detect.run(model, [sequence], 1, 5, device) for sequence in sequences]
 
     n = len(sequences)
     draws = np.random.default_rng(0).integers(n, size=(resamples, n))
@@ -122,12 +98,49 @@ def resampled_scores(folder, sequences, names, resamples):
         for k in draw:
             labels += played[k][0]
             found += played[k][1]
-        row = detect.score_boxes(labels, found, *sequences[0].hw, names, sizes=SIZES)
+        row = detect.score_boxes(
+            labels, found, *sequences[0].hw, range(model.config.num_classes), sizes=SIZES)
         scores.append([row[key] for key in METRICS])
     scores = 100 * np.array(scores)
     scores[scores < 0] = np.nan  # undefined
     write(path, lambda file: np.save(file, scores))
     return scores
+
+
+def measure(config, name, steps):
+    """Run an arm with all seeds -> its scores (seeds, 1 + resamples, METRICS), and its costs.
+
+    costs: parameters in millions, GFLOP of a frame's forward pass, seconds a step.
+    Each run has a process of its own, all of them side by side.
+    """
+    experiment = configure(train.defaults, [f"configs/{name}.py"])
+    arm = configure(train.defaults, BASE)
+    for key in TESTED:
+        arm[key] = experiment[key]
+    runs = []
+    for seed in range(config.seeds):
+        own = {
+            "seed": seed,
+            "data_dir": config.data_dir,
+            "device": config.device,
+            "max_steps": steps,
+            "out_dir": f"{config.out_dir}/{name}_{steps}_{seed}",
+        }
+        runs.append(SimpleNamespace(**(arm | own)))
+    threads = max(os.cpu_count() // config.seeds, 1)  # more threads than cores slow all of them
+    with ProcessPoolExecutor(
+        config.seeds, get_context("spawn"), torch.set_num_threads, (threads,)
+    ) as pool:
+        scores = list(pool.map(run, runs, [config.resamples] * config.seeds))
+
+    out = runs[0].out_dir
+    model = load_detector(f"{out}/ckpt.pt")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 1, 20, *model.config.input_hw))
+    parameters = sum(p.numel() for p in model.parameters())
+    log = np.genfromtxt(f"{out}/log.csv", delimiter=",", names=True)
+    seconds = arm["sequence_length"] * arm["batch_size"] / np.nanmedian(log["frames_per_s"])
+    return np.array(scores), (parameters / 1e6, counter.get_total_flops() / 1e9, seconds)
 
 
 def intervals(scores):
@@ -141,63 +154,37 @@ def intervals(scores):
     return value.mean(0), *np.percentile(means, (2.5, 97.5), axis=0)
 
 
-def frames_per_second(folder):
-    """Of a run, the median over the rows of its log."""
-    log = np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True)
-    return np.nanmedian(log["frames_per_s"])
-
-
 def main(argv):
     config = SimpleNamespace(**configure(defaults, argv))
     if config.data_dir == defaults["data_dir"]:  # here, since several runs would make it at once
         ensure_toy(config.data_dir)
-    names = load_classes(config.data_dir, (), 0)
-    sequences = open_split(config.data_dir, "test", len(names))
-
-    # what runs: all arms with equal steps, then the costly ones with equal compute
-    cost = {}
-    runs = {}
-    for name in ARMS:
-        cost[name] = frame_cost(name, sequences[0].hw, len(names))
-        runs[name] = (name, config.steps)
-    for name in ARMS:
-        ratio = cost[name][1] / cost[BASELINE][1]
-        if ratio > COSTLY:
-            runs[f"{name}, equal compute"] = (name, max(round(config.steps / ratio), 1))
-
-    jobs = []
-    folders = defaultdict(list)
-    for seed in range(config.seeds):
-        for title, (name, steps) in runs.items():
-            folder = f"{config.out_dir}/{name}_{steps}_{seed}"
-            folders[title].append(folder)
-            jobs.append((folder, name, steps, seed, config))
-    with ThreadPoolExecutor(config.processes) as pool:
-        done = pool.map(lambda job: train_run(*job), jobs)
-        list(tqdm(done, "runs", len(jobs)))
-
-    scores = defaultdict(list)
-    for title, trained in folders.items():
-        for folder in trained:
-            scores[title].append(resampled_scores(folder, sequences, names, config.resamples))
-    shared = configure(train.defaults, BASE)
-    frames_a_step = shared["sequence_length"] * shared["batch_size"]
-    head = ["arm", "steps", "parameters, M", "GFLOP a frame", "s a step", *METRICS]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [
+        f"| arm | steps | parameters, M | GFLOP a frame | s a step | {' | '.join(METRICS)} |",
+        "|---" * (5 + len(METRICS)) + "|",
+    ]
+    scores = {}
     differences = []
-    for title, (name, steps) in runs.items():
-        size, flops = cost[name]
-        seconds = frames_a_step / frames_per_second(folders[title][0])
-        cells = [title, f"{steps}", f"{size:.2f}", f"{flops:.2f}", f"{seconds:.2f}"]
-        change = intervals(np.array(scores[title]) - scores[BASELINE])
+
+    # all arms with equal steps, then the costly ones with equal compute: (title, arm, steps)
+    todo = [(name, name, config.steps) for name in ARMS]
+    while todo:
+        title, name, steps = todo.pop(0)
+        scores[title], (size, flops, seconds) = measure(config, name, steps)
+        if title == BASELINE:
+            baseline_flops = flops
+        ratio = flops / baseline_flops
+        if title == name and ratio > COSTLY:
+            todo.append((f"{name}, equal compute", name, max(round(steps / ratio), 1)))
+        change = intervals(scores[title] - scores[BASELINE])
         differences.append(change)
-        for value, mean, low, high in zip(np.mean(scores[title], 0)[0], *change):
-            cells.append(f"{value:.1f} ({mean:+.1f}: {low:+.1f} to {high:+.1f})")
-        lines.append(f"| {' | '.join(cells)} |")
+        line = f"| {title} | {steps} | {size:.2f} | {flops:.2f} | {seconds:.2f} |"
+        for value, mean, low, high in zip(scores[title].mean(0)[0], *change):
+            line += f" {value:.1f} ({mean:+.1f}: {low:+.1f} to {high:+.1f}) |"
+        lines.append(line)
     table = "\n".join(lines)
     print(table)
     write(f"{config.out_dir}/table.md", table)
-    draw_differences(f"{config.out_dir}/table.png", list(runs), METRICS, differences)
+    draw_differences(f"{config.out_dir}/table.png", list(scores), METRICS, differences)
 
 
 if __name__ == "__main__":

@@ -1794,8 +1794,8 @@ def test_demo_names_what_does_not_fit(tmp_path, checkpoint, option, word):
 # ==== ablation.py
 
 
-def test_train_run_names_the_run_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "arm", lambda name: ["--patch_size=7"])
-    config = SimpleNamespace(**ablation.defaults)
-    with pytest.raises(ValueError, match="wrong: error: patch_size=7"):
-        ablation.train_run(f"{tmp_path}/wrong", "wrong", 2, 0, config)
+def test_run_names_the_run_that_fails(traffic, tmp_path):
+    own = {"patch_size": 7, "data_dir": traffic, "out_dir": f"{tmp_path}/wrong"}
+    config = SimpleNamespace(**(train.defaults | own))
+    with pytest.raises(ValueError, match="wrong: patch_size=7"):
+        ablation.run(config, 2)
