@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import train
 from configurator import command_line, configure
@@ -48,10 +49,11 @@ def kept_gib(forward, inputs):
         seen[storage.data_ptr()] = x
         return x
 
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(enter)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with (
+        register_module_forward_pre_hook(enter),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
         forward(*inputs)
-    hook.remove()
     return parts
 
 
@@ -92,7 +94,7 @@ def measure(config, B, device, dtype):
 def largest_batch(rows, budget_gib):
     """Largest batch in the budget, on the line through the peaks; "n/a" where they make no line."""
     peaks = [row["peak_gib"] for row in rows]
-    if len(rows) < 2 or "n/a" in peaks or peaks[-1] <= peaks[0]:
+    if not rows or "n/a" in peaks or peaks[-1] <= peaks[0]:
         return "n/a"
     slope, base = np.polyfit([row["batch"] for row in rows], peaks, 1)
     return max(int((budget_gib - base) / slope), 0)
