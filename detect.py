@@ -325,10 +325,12 @@ def score_boxes(
         truth[:, 6] = found[:, 6] = 0
         class_names = ["all"]
     K = len(class_names)
-    images = [{"id": k} for k in frames]
-    classes = [{"id": k, "name": "class"} for k in range(K)]
-    truth = COCO.from_arrays(images, classes, truth[:, 0], truth[:, 6], truth[:, 1:5])
-    coco = COCOeval(truth, truth.load_res(found), "bbox")
+    empty = COCO({
+        "images": [{"id": k} for k in frames],
+        "categories": [{"id": k, "name": "class"} for k in range(K)],
+        "annotations": [],
+    })
+    coco = COCOeval(empty.load_res(truth), empty.load_res(found), "bbox")
     coco.params.area_rng = [(0, 1e10), *sizes.values()]
     coco.evaluate()
     coco.accumulate()
