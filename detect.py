@@ -14,7 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from hotcoco import COCO, COCOeval
-from numpy.lib.recfunctions import structured_to_unstructured, unstructured_to_structured
+from numpy.lib.recfunctions import (
+    require_fields,
+    structured_to_unstructured,
+    unstructured_to_structured,
+)
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -196,20 +200,20 @@ class StreamDetector:
                 part.bn = torch.nn.Identity()
         self.model.to(dtype)
         self.model.grid = model.grid  # cell numbers are not exact in bfloat16
-        H, W = model.config.input_hw
-        self.events = torch.zeros(1, 1, 20, H, W, dtype=torch.uint8, device=model.grid.device)
+        hw = model.config.input_hw
+        self.frame = torch.zeros(20, *hw, dtype=torch.uint8, device=model.grid.device)
         self.graph = None
-        if self.events.is_cuda:
+        if self.frame.is_cuda:
             self.step()  # libraries set up before the capture
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(self.events.device), torch.cuda.graph(self.graph):
+            with torch.cuda.device(self.frame.device), torch.cuda.graph(self.graph):
                 self.step()
         self.reset()
 
     @torch.no_grad()
     def step(self):
         """Set self.prediction, and self.state in place, as a CUDA graph has fixed addresses."""
-        self.prediction, state = self.model(self.events, self.state)
+        self.prediction, state = self.model(self.frame[None, None], self.state)
         torch._foreach_copy_(self.state, state)
 
     def __call__(self, frame, t_us=None):
@@ -217,17 +221,17 @@ class StreamDetector:
 
         ValueError: a frame of another size.
         """
-        size = tuple(self.events.shape[2:])
+        size = self.frame.shape
         if frame.shape != size:  # copy_ would repeat a smaller one
-            raise ValueError(f"a frame of {tuple(frame.shape)}, expected {size}")
-        self.events.copy_(torch.as_tensor(frame))
+            raise ValueError(f"a frame of {tuple(frame.shape)}, expected {tuple(size)}")
+        self.frame.copy_(torch.as_tensor(frame))
         self.t_us = self.t_us + 50_000 if t_us is None else t_us
         if self.graph:
             self.graph.replay()
         else:
             self.step()
         found = detections(self.prediction, [self.t_us], **self.options)[0]
-        return found[list(BOX_DTYPE.names)].astype(BOX_DTYPE)
+        return require_fields(found, BOX_DTYPE)
 
     def reset(self):
         """Forget what was seen."""
