@@ -256,16 +256,19 @@ def prophesee_filter(boxes, width):
     return boxes[(boxes["t"] > 500_000) & long & wide]
 
 
-def table(frames, box_filter, width):
-    """Rows (n, 7) of the boxes of all frames: frame, x, y, w, h, class_confidence, class_id."""
+def table(frames, scored, class_ids):
+    """Boxes as rows (n, 7): frame, x, y, w, h, class_confidence, class_id.
+
+    scored: numbers of the frames that count; class_ids: the classes that count, None: all.
+    """
     fields = ["x", "y", "w", "h", "class_confidence", "class_id"]
     rows = [np.zeros((0, 7))]
-    for k, boxes in enumerate(frames):
-        if box_filter == "prophesee":
-            boxes = prophesee_filter(boxes, width)
-        values = structured_to_unstructured(boxes[fields], float)
+    for k in scored:
+        values = structured_to_unstructured(frames[k][fields], float)
         rows.append(np.insert(values, 0, k, axis=1))
     rows = np.concatenate(rows)
+    if class_ids is not None:
+        rows = rows[np.isin(rows[:, 6], class_ids)]
     return rows[rows[:, 6].argsort(kind="stable")]  # equal scores rank by class, as in pycocotools
 
 
@@ -318,19 +321,18 @@ def score_boxes(
     """
     if box_filter not in FILTERS:
         raise ValueError(f"box_filter={box_filter!r}: expected {' or '.join(FILTERS)}")
-    truth = table(labels, box_filter, width)
-    found = table(detections, box_filter, width)
-    frames = np.unique(truth[:, 0])
-    found = found[np.isin(found[:, 0], frames)]  # hotcoco would warn of each in other frames
-    if class_ids is not None:
-        truth = truth[np.isin(truth[:, 6], class_ids)]
-        found = found[np.isin(found[:, 6], class_ids)]
+    if box_filter == "prophesee":
+        labels = [prophesee_filter(boxes, width) for boxes in labels]
+        detections = [prophesee_filter(boxes, width) for boxes in detections]
+    scored = np.flatnonzero(list(map(len, labels)))  # frames without labels do not count
+    truth = table(labels, scored, class_ids)
+    found = table(detections, scored, class_ids)
     if class_agnostic:
         truth[:, 6] = found[:, 6] = 0
         class_names = ["all"]
     K = len(class_names)
     empty = COCO({
-        "images": [{"id": k} for k in frames],
+        "images": [{"id": k} for k in scored],
         "categories": [{"id": k, "name": "class"} for k in range(K)],
         "annotations": [],
     })
