@@ -20,7 +20,7 @@ from checkpoint import load_detector, read_checkpoint
 from configurator import command_line, configure
 from data import Sequence, load_classes
 from detect import StreamDetector
-from formats import WINDOW_US, histogram, reading, write
+from formats import SCALES, WINDOW_US, histogram, reading, write
 from pictures import draw
 from prepare import Recording, windows
 from train import resolve_device
@@ -48,20 +48,18 @@ def open_frames(path, input_hw, height=0, width=0):
     if Path(path).is_dir():
         sequence = Sequence(path)
         frames = (sequence.read(k, k + 1)[0] for k in range(sequence.length))
-        return 1, zip(sequence.timestamps_us.tolist(), frames)
+        return 1, zip(sequence.timestamps_us, frames)
 
     recording = Recording(path, height, width)
-    H, W = recording.height, recording.width
-    scale = 1
+    hw = recording.height, recording.width
     downsample = "none"
-    if W >= 1.5 * input_hw[1]:
-        scale = 2
+    if recording.width >= 1.5 * input_hw[1]:
         downsample = "nearest"
     frames = (
-        (recording.first_us + k * WINDOW_US, histogram(*events, H, W, downsample))
+        (recording.first_us + k * WINDOW_US, histogram(*events, *hw, downsample))
         for k, events in enumerate(windows(recording), 1)
     )
-    return scale, frames
+    return SCALES[downsample], frames
 
 
 def write_gif(path, size):

@@ -83,6 +83,8 @@ def compare(paths):
 
     ValueError: a file that is no report; one of another split, data, threshold or ranking.
     """
+    if not paths:
+        raise ValueError("--compare needs reports: --compare a.json b.json")
     reports = []
     for path in paths:
         with reading(path):
@@ -92,12 +94,13 @@ def compare(paths):
                 raise ValueError(f"not comparable with {paths[0]}: {report['settings']}")
             head = next(iter(report["rows"].values()))
     lines = [line("%8s", head, "protocol | report")]
-    for title, row in reports[0]["rows"].items():
-        base = np.array(list(row.values()), float)  # None becomes NaN
+    for title in reports[0]["rows"]:
         for path, report in zip(paths, reports):
-            values = np.array(list(report["rows"][title].values()), float)
+            values = np.array(list(report["rows"][title].values()), float)  # None becomes NaN
             lines.append(line("%8.7g", values.round(4), f"{title} | {path}"))
-            if report is not reports[0]:
+            if report is reports[0]:
+                base = values
+            else:
                 lines.append(line("%+8.7g", (values - base).round(4), "  difference"))
     return "\n".join(lines)
 
@@ -106,8 +109,6 @@ def compare(paths):
 
 
 def main(argv):
-    if argv == ["--compare"]:
-        raise ValueError("--compare needs reports: --compare a.json b.json")
     if argv[:1] == ["--compare"]:
         print(compare(argv[1:]))
         return
@@ -141,8 +142,8 @@ def main(argv):
                         dtype, config.num_workers, **options)
     if rank > 0:
         return
-    options |= {"split": config.split, "data_dir": config.data_dir}
-    result = report(labels, found, *hw, names, config.small_classes, **options)
+    result = report(labels, found, *hw, names, config.small_classes, **options,
+                    split=config.split, data_dir=config.data_dir)
     path = folder / f"{Path(path).stem}_{config.split}.json"
     write(path, json.dumps(result, indent=1))
     strong = [boxes[boxes["confidence"] >= 0.3] for boxes in found]
