@@ -200,8 +200,7 @@ class StreamDetector:
                 part.bn = torch.nn.Identity()
         self.model.to(dtype)
         self.model.grid = model.grid  # cell numbers are not exact in bfloat16
-        hw = model.config.input_hw
-        self.frame = torch.zeros(20, *hw, dtype=torch.uint8, device=model.grid.device)
+        self.frame = model.grid.new_zeros(20, *model.config.input_hw, dtype=torch.uint8)
         self.graph = None
         if self.frame.is_cuda:
             self.step()  # libraries set up before the capture
