@@ -238,8 +238,9 @@ def focal_loss(logits, onehot):
 
 
 def detection_loss(prediction, targets, size_aware=None):
-    """Training losses of a batch of frames, in float32 whatever the autocast.
+    """Training losses of a batch of frames, in float32 as a Detector's predictions are.
 
+    No operator here computes in another type under autocast.
     prediction: box_cxcywh (N, A, 4) pixels, obj (N, A) and cls (N, A, K) logits, grid (A, 3)
     targets (N, M, 5): class, cx, cy, w, h in pixels; rows of zeros are padding
     size_aware: SizeAware; None, or size_aware_loss off, is the plain loss
@@ -248,43 +249,40 @@ def detection_loss(prediction, targets, size_aware=None):
     objectness is trained. Weights act on the IoU term ("iou") and on a focal class term in place
     of the plain one ("cls").
     """
-    with torch.autocast(targets.device.type, enabled=False):
-        prediction = type(prediction)(*[field.float() for field in prediction])
-        targets = targets.float()
-        if targets.shape[1] == 0:
-            targets = targets.new_zeros(len(targets), 1, 5)
-        found = assign(prediction, targets)
-        num_matched = found.matched.sum().clamp(min=1)
-        num_boxes = is_box(targets).sum().clamp(min=1)
+    if targets.shape[1] == 0:
+        targets = targets.new_zeros(len(targets), 1, 5)
+    found = assign(prediction, targets)
+    num_matched = found.matched.sum().clamp(min=1)
+    num_boxes = is_box(targets).sum().clamp(min=1)
 
-        # each anchor beside the box it answers for
-        target = take(targets, found.box)  # (N, U, 5)
-        box = take(prediction.box_cxcywh, found.anchor)  # (N, U, 4)
-        logits = take(prediction.cls, found.anchor)  # (N, U, K)
-        onehot = F.one_hot(target[..., 0].long(), logits.shape[-1]).float()
+    # each anchor beside the box it answers for
+    target = take(targets, found.box)  # (N, U, 5)
+    box = take(prediction.box_cxcywh, found.anchor)  # (N, U, 4)
+    logits = take(prediction.cls, found.anchor)  # (N, U, K)
+    onehot = F.one_hot(target[..., 0].long(), logits.shape[-1]).float()
 
-        iou = 1 - box_iou(box, target[..., 1:]) ** 2  # (N, U)
-        quality = onehot * found.iou[..., None]
-        cls = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
-        cls = cls.sum(-1)
-        if size_aware is not None and size_aware.size_aware_loss:
-            weight = size_aware.weights(area_of(target[..., 3:]))
-            if "iou" in size_aware.size_aware_terms:
-                iou = weight * iou
-            if "cls" in size_aware.size_aware_terms:
-                cls = weight * focal_loss(logits, onehot).sum(-1)
+    iou = 1 - box_iou(box, target[..., 1:]) ** 2  # (N, U)
+    quality = onehot * found.iou[..., None]
+    cls = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+    cls = cls.sum(-1)
+    if size_aware is not None and size_aware.size_aware_loss:
+        weight = size_aware.weights(area_of(target[..., 3:]))
+        if "iou" in size_aware.size_aware_terms:
+            iou = weight * iou
+        if "cls" in size_aware.size_aware_terms:
+            cls = weight * focal_loss(logits, onehot).sum(-1)
 
-        # an anchor may be listed more than once, but is matched once at most
-        is_object = torch.zeros_like(prediction.obj)
-        is_object = is_object.scatter_add(1, found.anchor, found.matched.float())
-        obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum")
-        obj = obj / num_matched
-        iou = 5 * torch.where(found.matched, iou, 0).sum() / num_matched
-        cls = torch.where(found.matched, cls, 0).sum() / num_matched
-        return {
-            "loss": iou + obj + cls,
-            "iou": iou,
-            "obj": obj,
-            "cls": cls,
-            "num_fg": num_matched / num_boxes,
-        }
+    # an anchor may be listed more than once, but is matched once at most
+    is_object = torch.zeros_like(prediction.obj)
+    is_object = is_object.scatter_add(1, found.anchor, found.matched.float())
+    obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum")
+    obj = obj / num_matched
+    iou = 5 * torch.where(found.matched, iou, 0).sum() / num_matched
+    cls = torch.where(found.matched, cls, 0).sum() / num_matched
+    return {
+        "loss": iou + obj + cls,
+        "iou": iou,
+        "obj": obj,
+        "cls": cls,
+        "num_fg": num_matched / num_boxes,
+    }
