@@ -117,29 +117,29 @@ def candidate_anchors(grid, targets):
     The levels are found on the device: no synchronisation.
     """
     A = len(grid)
+    # cells to look at: on each level 3 x 3 around the one that holds the centre of a box
+    level = torch.arange(LEVELS, device=grid.device)
     step = torch.arange(-1, 2, device=grid.device)
-    around = torch.cartesian_prod(step, step)  # (9, 2)
+    probe = torch.cartesian_prod(level, step, step)  # (P, 3), P = 9 * LEVELS
 
-    # each level's stride, twice the one before; its first anchor; its columns and rows
-    level = torch.arange(LEVELS, device=grid.device)[:, None, None]
-    stride = grid[0, 2] * 2**level  # (L, 1, 1)
-    first = (grid[:, 2:] < stride).sum(1)  # (L, 1)
-    on_level = grid[:, 2:] == stride  # (L, A, 1)
-    size = torch.where(on_level, grid[:, :2] + 1, 0).amax(1, keepdim=True)  # (L, 1, 2)
+    # of their levels: the stride, twice the one before; the first anchor; columns and rows
+    stride = grid[0, 2] * 2 ** probe[:, :1]  # (P, 1)
+    first = (grid[:, 2] < stride).sum(1)  # (P,), A where the pyramid has no such level
+    size = ((grid[:, :2] + 1) * grid[:, 2:]).amax(0) // stride  # (P, 2)
 
-    # the cells around each box centre: those in the frame, and of these the ones near enough
-    middle = targets[:, :, None, None, 1:3]  # (N, M, 1, 1, 2)
-    cell = (middle / stride).floor() + around  # (N, M, L, 9, 2)
+    # the anchors there, A for none, and which of them are near enough
+    middle = targets[:, :, None, 1:3]  # (N, M, 1, 2)
+    cell = (middle / stride).floor() + probe[:, 1:]  # (N, M, P, 2)
     centre = (cell + 0.5) * stride
     reach = 1.5 * stride
-    inside = (cell >= 0) & (cell < size)
-    inside = inside.all(-1) & is_box(targets)[..., None, None]  # (N, M, L, 9)
     near = (centre > middle - reach) & (centre < middle + reach)
-    near = inside & near.all(-1)
-    anchor = first + (cell[..., 0] + cell[..., 1] * size[..., 0]).long()  # (N, M, L, 9)
+    inside = (cell >= 0) & (cell < size)
+    inside = inside.all(-1) & is_box(targets)[..., None]  # (N, M, P)
+    anchor = first + (cell[..., 0] + cell[..., 1] * size[..., 0]).long()
+    anchor = torch.where(inside, anchor, A).clamp(max=A)  # (N, M, P)
 
-    # one list for all boxes of a frame, in which A stands for none
-    listed = torch.where(inside, anchor, A).flatten(1).sort(dim=1).values
+    # one list for all boxes of a frame
+    listed = anchor.flatten(1).sort(dim=1).values
     if listed.shape[1] > max(A, MAX_CLAIMS):
         # crowded: each anchor once, and no more of a level than it has: of A anchors the nth finest
         # of LEVELS has at most 3 * A / (4**n - 1), since each has a quarter of the one before
@@ -151,9 +151,9 @@ def candidate_anchors(grid, targets):
         )
         listed = listed[:, : max(MAX_CLAIMS, min(A, most))]  # a box may claim MAX_CLAIMS
     listed = F.pad(listed, (0, 1), value=A)  # (N, U)
-    own = torch.searchsorted(listed, torch.where(near, anchor, A).flatten(1))
+    own = torch.searchsorted(listed, torch.where(near.all(-1), anchor, A).flatten(1))
     valid = torch.zeros_like(listed).scatter(1, own, 1).bool() & (listed < A)
-    return listed.clamp(max=A - 1), valid, own.view_as(near).flatten(2)
+    return listed.clamp(max=A - 1), valid, own.view_as(anchor)
 
 
 def claim(target, own, predicted, cost_cls):
