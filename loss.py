@@ -53,16 +53,14 @@ class SizeAware:
     def __post_init__(self):
         """ValueError, naming key and value, for what cannot work."""
         self.weights(torch.ones(1))  # knows the weight types
-        if self.size_aware_terms not in (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou")):
+        if (
+            self.size_aware_weight < 1
+            or not 0 < self.small_threshold < self.medium_threshold
+            or self.size_aware_terms not in (("iou",), ("cls",), ("iou", "cls"), ("cls", "iou"))
+        ):
             raise ValueError(
-                f"size_aware_terms={self.size_aware_terms}: expected iou, cls or both"
-            )
-        if self.size_aware_weight < 1:
-            raise ValueError(f"size_aware_weight={self.size_aware_weight}: below 1")
-        if not 0 < self.small_threshold < self.medium_threshold:
-            raise ValueError(
-                f"small_threshold={self.small_threshold}, medium_threshold={self.medium_threshold}"
-                ": expected two areas, the first the smaller one"
+                f"{self}: expected a weight of 1 or more, two areas of which the first is the "
+                "smaller one, and for terms iou, cls or both"
             )
 
     def weights(self, area):
