@@ -31,12 +31,12 @@ def size_weights(area, kind, weight, small, medium):
     if kind == "exponential":
         return (weight * torch.exp(-area / small)).clamp(1, weight)
     if kind == "linear":
-        share = (medium - area) / (medium - small)
-        return 1 + (weight - 1) * share.clamp(0, 1)
-    if kind == "step":
+        share = ((medium - area) / (medium - small)).clamp(0, 1)
+    elif kind == "step":
         share = 0.5 * (area <= small) + 0.5 * (area <= medium)
-        return 1 + (weight - 1) * share
-    raise ValueError(f"weight_type={kind!r}: expected exponential, linear or step")
+    else:
+        raise ValueError(f"weight_type={kind!r}: expected exponential, linear or step")
+    return 1 + (weight - 1) * share
 
 
 @dataclass
