@@ -235,13 +235,13 @@ def focal_loss(logits, onehot):
     return alpha * (1 - p_true) ** 2 * cross_entropy
 
 
-def detection_loss(prediction, targets, size_aware=None):
+def detection_loss(prediction, targets, size_aware=SizeAware()):
     """Training losses of a batch of frames, in float32 as a Detector's predictions are.
 
     No operator here computes in another type under autocast.
     prediction: box_cxcywh (N, A, 4) pixels, obj (N, A) and cls (N, A, K) logits, grid (A, 3)
     targets (N, M, 5): class, cx, cy, w, h in pixels; rows of zeros are padding
-    size_aware: SizeAware; None, or size_aware_loss off, is the plain loss
+    size_aware: SizeAware; with its size_aware_loss off this is the plain loss
     -> dict of scalars: loss = iou + obj + cls, each summed and divided by the matched anchors of
     the batch; num_fg = these per box, for the log. Without any box the divisor is 1 and only the
     objectness is trained. Weights act on the IoU term ("iou") and on a focal class term in place
@@ -263,7 +263,7 @@ def detection_loss(prediction, targets, size_aware=None):
     quality = onehot * found.iou[..., None]
     cls = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
     cls = cls.sum(-1)
-    if size_aware is not None and size_aware.size_aware_loss:
+    if size_aware.size_aware_loss:
         weight = size_aware.weights(area_of(target[..., 3:]))
         if "iou" in size_aware.size_aware_terms:
             iou = weight * iou
@@ -272,7 +272,7 @@ def detection_loss(prediction, targets, size_aware=None):
 
     # an anchor may be listed more than once, but is matched once at most
     is_object = torch.zeros_like(prediction.obj)
-    is_object = is_object.scatter_add(1, found.anchor, found.matched.float())
+    is_object.scatter_add_(1, found.anchor, found.matched.float())
     obj = F.binary_cross_entropy_with_logits(prediction.obj, is_object, reduction="sum")
     obj = obj / num_matched
     iou = 5 * torch.where(found.matched, iou, 0).sum() / num_matched
