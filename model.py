@@ -229,7 +229,11 @@ class Stage(nn.Module):
 
 # ---- pyramid
 
-class Conv(Recomputable):
+class Convs(Recomputable, nn.Sequential):
+    """Layers one after the other, recomputed at once."""
+
+
+class Conv(Convs):
     """Convolution + batch norm + SiLU: (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
 
     def __init__(self, dim_in, dim_out, kernel=1, stride=1, dilation=1):
@@ -237,13 +241,7 @@ class Conv(Recomputable):
         padding = dilation * (kernel // 2)
         self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, padding, dilation, bias=False)
         self.bn = nn.BatchNorm2d(dim_out)
-
-    def forward(self, x):
-        return F.silu(self.bn(self.conv(x)))
-
-
-class Convs(Recomputable, nn.Sequential):
-    """Convolutions one after the other, recomputed at once."""
+        self.act = nn.SiLU()
 
 
 class CSP(Recomputable):
