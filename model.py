@@ -323,6 +323,24 @@ class MultiScaleSpatialAttention(nn.Module):
         return x * self.map(a).sigmoid() + x
 
 
+class ChannelAttention(nn.Sequential):
+    """A weight in 0..1 for each channel: x (N, C, H, W) -> (N, C, 1, 1).
+
+    Source: squeeze and excitation, arXiv 1709.01507.
+    """
+
+    def __init__(self, dim, hidden):
+        super().__init__(
+            nn.Linear(dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, dim),
+        )
+
+    def forward(self, x):
+        weights = super().forward(x.mean((-2, -1))).sigmoid()
+        return weights[..., None, None]
+
+
 class EventTemporalAttention(nn.Module):
     """Adds what three successive frames have in common, where the last two differ, by channel.
 
@@ -332,15 +350,10 @@ class EventTemporalAttention(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        narrow = dim // 4
         self.time = nn.Conv3d(dim, dim, (3, 1, 1), bias=False)
         self.bn = nn.BatchNorm3d(dim)
         self.motion = nn.Conv2d(2 * dim, 1, 3, padding=1)
-        self.channel = nn.Sequential(
-            nn.Linear(dim, narrow),
-            nn.ReLU(),
-            nn.Linear(narrow, dim),
-        )
+        self.channel = ChannelAttention(dim, dim // 4)
 
     def forward(self, x, past):
         B = len(past)
@@ -350,8 +363,8 @@ class EventTemporalAttention(nn.Module):
         common = rearrange(self.bn(common), "b c t h w -> (t b) c h w")
         pairs = torch.cat((x, frames[B:-B]), dim=1)  # each frame and the one before
         motion = self.motion(pairs).sigmoid()  # (T * B, 1, H, W)
-        channel = self.channel(common.mean((-2, -1))).sigmoid()  # (T * B, C)
-        x = x + common * motion * channel[..., None, None]
+        channel = self.channel(common)  # (T * B, C, 1, 1)
+        x = x + common * motion * channel
         past = rearrange(frames[-2 * B :], "(t b) c h w -> b t c h w", b=B)
         return x, past.float()
 
@@ -379,26 +392,20 @@ class SmallObjectAttention(nn.Module):
 
 
 class ScaleAwareChannelAttention(nn.Module):
-    """Squeeze-and-excitation of x (N, C, H, W), stronger from the start at small strides.
+    """Channel attention times x (N, C, H, W), stronger from the start at small strides.
 
-    Source: arXiv 1709.01507; that it depends on the stride is ours.
+    That it depends on the stride is ours.
     """
 
     def __init__(self, dim, stride):
         super().__init__()
         fine = stride <= 8
         reduction = 16 if fine else 8
-        hidden = max(1, dim // reduction)
-        self.fc = nn.Sequential(
-            nn.Linear(dim, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, dim),
-        )
+        self.fc = ChannelAttention(dim, max(1, dim // reduction))
         nn.init.constant_(self.fc[-1].bias, 1.0 if fine else 0.0)
 
     def forward(self, x):
-        channel = self.fc(x.mean((-2, -1))).sigmoid()  # (N, C)
-        return x * channel[..., None, None]
+        return x * self.fc(x)
 
 
 # ---- head and detector
