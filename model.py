@@ -96,7 +96,7 @@ def frozen_statistics(module):
 class Recomputable(nn.Module):
     """A module that can keep its inputs alone for the backward pass, which computes the rest again.
 
-    Set `recomputed` where the module is built. Batch statistics still move once a step.
+    `recompute` says where it does. Batch statistics still move once a step.
     """
 
     recomputed = False
@@ -109,6 +109,15 @@ class Recomputable(nn.Module):
         if not torch.compiler.is_compiling():
             options["context_fn"] = lambda: (nullcontext(), frozen_statistics(self))
         return checkpoint(super().__call__, *args, **options)
+
+
+def recompute(module):
+    """Recompute the parts of `module` that can be, each as a whole."""
+    for part in module.children():
+        if isinstance(part, Recomputable):
+            part.recomputed = True
+        else:
+            recompute(part)
 
 
 # ---- backbone
@@ -209,8 +218,6 @@ class Stage(nn.Module):
         )
         self.lstm = LSTMCell(dim)
         self.checkpointing = config.checkpointing
-        for module in (*self.attention, self.lstm):
-            module.recomputed = config.checkpointing
 
     def forward(self, x, *state):
         B = len(state[0])
@@ -281,10 +288,6 @@ class PAFPN(nn.Module):
         self.top_down = nn.ModuleList(CSP(2 * fine, fine, depth) for fine, _ in pairs)
         self.down = nn.ModuleList(Conv(fine, fine, 3, stride=2) for fine, _ in pairs)
         self.bottom_up = nn.ModuleList(CSP(2 * fine, coarse, depth) for fine, coarse in pairs)
-        # the two finest levels hold most of the activations
-        fine = [self.lateral[0], *self.top_down[:2], *self.down[:2], self.bottom_up[0]]
-        for module in fine:
-            module.recomputed = config.checkpointing
 
     def forward(self, features):
         # top-down: each level receives what the coarser ones know
@@ -459,14 +462,14 @@ class Detector(nn.Module):
         self.heads = nn.ModuleList(
             Head(dim, head_dim, config.num_classes) for dim in config.dims
         )
-        for head in self.heads[:2]:  # the two finest levels
-            for module in (head.stem, head.cls_convs, head.reg_convs):
-                module.recomputed = config.checkpointing
         if config.small_object_attention:
             fine = config.dims[:2]
             self.attention = nn.ModuleList(SmallObjectAttention(config, dim) for dim in fine)
             channel_attention = map(ScaleAwareChannelAttention, config.dims, config.strides)
             self.channel_attention = nn.ModuleList(channel_attention)
+
+        if config.checkpointing:
+            recompute(self)
 
         # anchors: one a cell, level by level, row by row
         H, W = config.padded_hw
