@@ -125,16 +125,16 @@ def candidate_anchors(grid, targets):
     first = (grid[:, 2] < stride).sum(1)  # (P,), A where the pyramid has no such level
     size = ((grid[:, :2] + 1) * grid[:, 2:]).amax(0) // stride  # (P, 2)
 
-    # the anchors there, A for none, and which of them are near enough
+    # the anchors there that are near enough, A for none
     middle = targets[:, :, None, 1:3]  # (N, M, 1, 2)
     cell = (middle / stride).floor() + probe[:, 1:]  # (N, M, P, 2)
     centre = (cell + 0.5) * stride
     reach = 1.5 * stride
     near = (centre > middle - reach) & (centre < middle + reach)
-    inside = (cell >= 0) & (cell < size)
-    inside = inside.all(-1) & is_box(targets)[..., None]  # (N, M, P)
+    near &= (cell >= 0) & (cell < size)
+    near = near.all(-1) & is_box(targets)[..., None]  # (N, M, P)
     anchor = first + (cell[..., 0] + cell[..., 1] * size[..., 0]).long()
-    anchor = torch.where(inside, anchor, A).clamp(max=A)  # (N, M, P)
+    anchor = torch.where(near, anchor, A).clamp(max=A)  # (N, M, P)
 
     # one list for all boxes of a frame
     listed = anchor.flatten(1).sort(dim=1).values
@@ -149,7 +149,7 @@ def candidate_anchors(grid, targets):
         )
         listed = listed[:, : max(MAX_CLAIMS, min(A, most))]  # a box may claim MAX_CLAIMS
     listed = F.pad(listed, (0, 1), value=A)  # (N, U)
-    own = torch.searchsorted(listed, torch.where(near.all(-1), anchor, A).flatten(1))
+    own = torch.searchsorted(listed, anchor.flatten(1))
     valid = torch.zeros_like(listed).scatter(1, own, 1).bool() & (listed < A)
     return listed.clamp(max=A - 1), valid, own.view_as(anchor)
 
@@ -169,9 +169,9 @@ def claim(target, own, predicted, cost_cls):
     cost -= iou.add_(1e-8).log_().mul_(3)
     cost += torch.full_like(cost, 1e6).scatter_(2, own, 0)  # for what is not its own
 
-    lowest, place = cost.topk(MAX_CLAIMS, largest=False)
+    place = cost.topk(MAX_CLAIMS, largest=False).indices
     chosen = torch.arange(MAX_CLAIMS, device=cost.device) < count
-    chosen &= lowest.isfinite() & is_box(target)[..., None]
+    chosen &= is_box(target)[..., None]
     last = cost.shape[2] - 1
     return torch.where(chosen, place, last), *cost.min(1)
 
@@ -215,12 +215,7 @@ def assign(prediction, targets):
     only = none.scatter(1, places, claimant.expand_as(places))
     box = torch.where(claims > 1, cheapest[0], only)
     iou = box_iou(predicted, take(targets, box)[..., 1:])
-    return Assignment(
-        anchor[:, :-1],
-        claims[:, :-1] > 0,
-        box[:, :-1],
-        iou[:, :-1],
-    )
+    return Assignment(anchor, (claims > 0) & valid[..., 0], box, iou)
 
 
 def focal_loss(logits, onehot):
@@ -229,10 +224,8 @@ def focal_loss(logits, onehot):
     Source: Lin et al. 2017, arXiv 1708.02002, equation 5.
     """
     cross_entropy = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
-    p = logits.sigmoid()
-    p_true = p * onehot + (1 - p) * (1 - onehot)
     alpha = 0.75 - 0.5 * onehot
-    return alpha * (1 - p_true) ** 2 * cross_entropy
+    return alpha * (onehot - logits.sigmoid()) ** 2 * cross_entropy
 
 
 def detection_loss(prediction, targets, size_aware=SizeAware()):
