@@ -103,9 +103,6 @@ COUNTS = ("sequence_length", "batch_size", "gradient_accumulation_steps", "eval_
 # what a slot plays of data_dir depends on these
 PLAN = ("sampling", "mixed_stream", "mixed_random", "sequence_length", "batch_size",
         "gradient_accumulation_steps", "seed")
-# where a run stands, apart from its tensors
-PROGRESS = ("step", "evaluated", "best_ap", "bad_steps", "smoothed", "lowest", "high_steps",
-            "sums", "count", "log")
 LESS_MEMORY = ("lower batch_size (raise gradient_accumulation_steps), eval_batch_size or "
                "sequence_length, or set --checkpointing")
 
@@ -286,6 +283,22 @@ def moved(states, device):
     return result
 
 
+def beginning():
+    """Where a run stands at its start, apart from its tensors: attributes of a Run, saved whole."""
+    return {
+        "step": 0,
+        "evaluated": 0,      # step of the last validation
+        "best_ap": -2.0,     # below -1, the AP where nothing can be scored
+        "bad_steps": 0,      # in a row that were not finite
+        "smoothed": 0.0,     # loss, as a moving average
+        "lowest": math.inf,  # smoothed loss so far
+        "high_steps": 0,     # in a row with a smoothed loss far above the lowest
+        "sums": {},          # of scalars since the last row of the log
+        "count": 0,          # steps in these sums
+        "log": [],           # rows, as dicts
+    }
+
+
 class Run:
     """All that a training run consists of: data, network, optimiser, recurrent states, progress."""
 
@@ -347,16 +360,7 @@ class Run:
         # progress
         groups = range(config.gradient_accumulation_steps)
         self.states = [model.initial_state(config.batch_size) for _ in groups]
-        self.step = 0
-        self.evaluated = 0      # step of the last validation
-        self.best_ap = -2.0     # below -1, the AP where nothing can be scored
-        self.bad_steps = 0      # in a row that were not finite
-        self.smoothed = 0.0     # loss, as a moving average
-        self.lowest = math.inf  # smoothed loss so far
-        self.high_steps = 0     # in a row with a smoothed loss far above the lowest
-        self.sums = {}          # of scalars since the last row of the log
-        self.count = 0          # steps in these sums
-        self.log = []           # rows, as dicts
+        vars(self).update(beginning())
 
     def due(self, interval):
         """Whether what happens every `interval` steps and at the end happens now."""
@@ -505,7 +509,7 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             config=vars(self.config),
-            progress={key: getattr(self, key) for key in PROGRESS},
+            progress={key: getattr(self, key) for key in beginning()},
             states=states,
             rng=torch.get_rng_state(),
         )
@@ -521,8 +525,7 @@ class Run:
             self.states = moved(states[self.rank], self.device)
         else:
             print("resumed with other streams: their states start at 0")
-        for key in PROGRESS:
-            setattr(self, key, checkpoint["progress"][key])
+        vars(self).update(checkpoint["progress"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
