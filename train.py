@@ -176,17 +176,12 @@ def start_processes(backend):
     return 0, 1
 
 
-def build(config, input_hw, num_classes, checkpoint=None):
-    """Detector for frames of input_hw, with the weights of `checkpoint` or those of init_from."""
+def build(config, input_hw, num_classes):
+    """Detector for frames of input_hw; ValueError if config's are others."""
     if config.input_hw not in ((0, 0), input_hw):
         raise ValueError(f"input_hw={config.input_hw}: the data has {input_hw}; leave it out")
     shape = fields_of(ModelConfig, config)
-    model = Detector(dataclasses.replace(shape, input_hw=input_hw, num_classes=num_classes))
-    if checkpoint:
-        load_weights(model, checkpoint["model"], config.out_dir)
-    elif config.init_from != "scratch":
-        load_weights(model, read_weights(config.init_from), config.init_from, new_classes=True)
-    return model
+    return Detector(dataclasses.replace(shape, input_hw=input_hw, num_classes=num_classes))
 
 
 def peak_gib(device):
@@ -302,7 +297,7 @@ def beginning():
 class Run:
     """All that a training run consists of: data, network, optimiser, recurrent states, progress."""
 
-    def __init__(self, config, checkpoint=None):
+    def __init__(self, config):
         self.config = config
         self.device, self.dtype = resolve_device(config)
         self.cuda = self.device.type == "cuda"
@@ -335,7 +330,7 @@ class Run:
         )
 
         # network
-        model = build(config, self.hw, len(self.names), checkpoint).to(self.device).train()
+        model = build(config, self.hw, len(self.names)).to(self.device).train()
         if self.world > 1 and self.cuda:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
@@ -519,6 +514,7 @@ class Run:
 
     def restore(self, checkpoint):
         """Go on from where `checkpoint` was saved."""
+        load_weights(self.model, checkpoint["model"], self.config.out_dir)
         before, states = checkpoint["config"], checkpoint["states"]
         same = all(before[key] == getattr(self.config, key) for key in ("data_dir", *PLAN))
         if same and len(states) == self.world:
@@ -574,10 +570,13 @@ def train(config, checkpoint=None):
     if there and not checkpoint:
         raise ValueError(f"{out} holds {', '.join(there)}: --init_from=resume goes on from its "
                          "ckpt.pt, another --out_dir starts anew")
-    run = Run(config, checkpoint)
+    run = Run(config)
     vars(config).update(dataclasses.asdict(run.model.config), class_names=run.names)  # as derived
     if checkpoint:
         run.restore(checkpoint)
+    elif config.init_from != "scratch":
+        weights = read_weights(config.init_from)
+        load_weights(run.model, weights, config.init_from, new_classes=True)
     if run.rank == 0:
         again = f"# python train.py {out}/config.py --out_dir=ANOTHER\n"
         write(f"{out}/config.py", again + dump(vars(config)))
