@@ -338,8 +338,8 @@ class Run:
         if config.batch_size == 1 and H * W == model.config.strides[-1] ** 2:
             raise ValueError(f"batch norm sees one cell of {self.hw} frames: raise batch_size")
         self.parameters = list(model.parameters())
-        # running means and variances of the batch norms
-        self.statistics = [x for name, x in model.named_buffers() if name != "grid"]
+        # the statistics of the batch norms, and a grid that never changes
+        self.buffers = list(model.buffers())
         self.forward = Forward(model, fields_of(SizeAware, config))
         if config.compile and self.cuda:
             self.forward = torch.compile(self.forward)
@@ -392,7 +392,7 @@ class Run:
         -> whether any process is to stop. A step whose loss, gradients or states are not finite
         is skipped and leaves nothing behind.
         """
-        statistics = [x.clone() for x in self.statistics]
+        buffers = [x.clone() for x in self.buffers]
         states = list(self.states)
         scalars = Counter()  # its update adds up
         for group, batch in enumerate(batches):
@@ -413,7 +413,7 @@ class Run:
             self.scaler.step(self.optimizer)
             self.record(scalars)
         elif not overflow:
-            for now, before in zip(self.statistics, statistics):
+            for now, before in zip(self.buffers, buffers):
                 now.copy_(before)
             self.states = states
             self.bad_steps += 1
@@ -474,7 +474,7 @@ class Run:
     def validate(self):
         """Score the validation set; best.pt keeps the weights with the best AP."""
         if self.world > 1:  # all evaluate with the statistics of the first
-            for x in self.statistics:
+            for x in self.buffers:
                 dist.broadcast(x, 0)
         labels, found = detect.run(
             self.model, self.val_set, self.config.eval_batch_size, self.config.sequence_length,
