@@ -24,6 +24,7 @@ from collections import Counter
 from contextlib import suppress
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -202,10 +203,8 @@ def learning_rate_at(step, max_steps, peak):
     Source: RVT's settings of Smith & Topin 2017, arXiv 1708.07120; any number of steps.
     """
     top = max(0.005 * max_steps - 1, 0)
-    if step < top:
-        return peak * (1 + 19 * step / top) / 20
-    rest = max(max_steps - 1 - top, 1)
-    return peak + (peak / 10_000 - peak) * (step - top) / rest
+    last = max(max_steps - 1, 1)
+    return float(np.interp(step, (0, top, last), (peak / 20, peak, peak / 10_000)))
 
 
 def orthogonal(x):
