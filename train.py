@@ -98,7 +98,7 @@ CHOICES = {
     "optimizer": ("adamw", "muon"),
     "grad_clip_by": CLIP,
 }
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COUNTS = ("sequence_length", "batch_size", "gradient_accumulation_steps", "eval_batch_size",
           "max_steps", "log_interval", "eval_interval", "checkpoint_interval", "max_bad_steps")
 # what a slot plays of data_dir depends on these
@@ -148,22 +148,20 @@ def reuse_memory():
 
 def resolve_device(config):
     """(device, dtype) that config's "auto" stands for; ValueError where there are no such."""
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype={config.dtype!r}: expected {' or '.join(DTYPES)}")
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with reading(f"device={config.device!r} cannot be used"):
-        torch.empty(1, device=name)
-
     dtype = config.dtype
-    if dtype == "auto" and name == "cpu":
-        dtype = "float32"
-    elif dtype == "auto":  # GPUs are fast in bfloat16 from Ampere on
-        dtype = "bfloat16" if torch.cuda.get_device_capability(name)[0] >= 8 else "float16"
-    return torch.device(name), getattr(torch, dtype)
+    with reading(f"cannot be used: device={config.device!r} or dtype={dtype!r} (auto, float32, "
+                 "bfloat16, float16)"):
+        torch.empty(1, device=name)
+        if dtype == "auto" and name == "cpu":
+            dtype = "float32"
+        elif dtype == "auto":  # GPUs are fast in bfloat16 from Ampere on
+            dtype = "bfloat16" if torch.cuda.get_device_capability(name)[0] >= 8 else "float16"
+        return torch.device(name), DTYPES[dtype]
 
 
 def start_processes(backend):
