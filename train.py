@@ -90,7 +90,7 @@ defaults = {
 }
 PARTS = (ModelConfig, Augmentation, SizeAware)  # their fields are config keys, too
 for part in PARTS:
-    defaults |= {field.name: field.default for field in dataclasses.fields(part)}
+    defaults |= dataclasses.asdict(part())
 
 CLIP = {"value": torch.nn.utils.clip_grad_value_, "norm": torch.nn.utils.clip_grad_norm_}
 CHOICES = {
@@ -119,15 +119,14 @@ def check(config):
     """ValueError for values that cannot work, alone or together, before any work is done."""
     if not config.out_dir:
         raise ValueError("out_dir is empty; name a folder")
-    for key, choices in CHOICES.items():
-        if getattr(config, key) not in choices:
-            raise ValueError(f"{key}={getattr(config, key)!r}: expected {' or '.join(choices)}")
     for key, value in vars(config).items():
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ValueError(f"{key}={value!r}: expected {' or '.join(CHOICES[key])}")
         least = 1 if key in COUNTS else 0
         if isinstance(value, (int, float)) and not least <= value < 2**63:
             raise ValueError(f"{key}={value}: expected {least} to 2**63")
-    least = min(config.batch_size - 1, config.mixed_stream, config.mixed_random)
-    if config.sampling == "mixed" and least <= 0:
+    shares = (config.batch_size - 1, config.mixed_stream, config.mixed_random)
+    if config.sampling == "mixed" and 0 in shares:
         raise ValueError("sampling=mixed needs batch_size > 1, mixed_stream > 0, mixed_random > 0")
     for kind in PARTS:
         fields_of(kind, config)
