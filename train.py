@@ -435,15 +435,12 @@ class Run:
     def give_up(self):
         """ValueError, saying what to change, where it makes no sense to go on."""
         config = self.config
-        what = ""
         if self.bad_steps >= config.max_bad_steps:
-            what = f"{self.bad_steps} steps in a row were not finite; lower learning_rate"
+            raise ValueError(f"{self.bad_steps} steps in a row not finite; lower learning_rate")
         if 0 < config.patience <= self.high_steps:
-            what = f"the loss diverged to {self.smoothed:.3g}; lower learning_rate"
+            raise ValueError(f"the loss diverged to {self.smoothed:.3g}; lower learning_rate")
         if 0 < config.max_memory_gib < peak_gib(self.device):
-            what = f"peak memory passed max_memory_gib; {LESS_MEMORY}"
-        if what:
-            raise ValueError(f"step {self.step}: {what}; {config.out_dir} has earlier checkpoints")
+            raise ValueError(f"peak memory passed max_memory_gib; {LESS_MEMORY}")
 
     # -- log, validation, files
 
