@@ -359,29 +359,6 @@ class Run:
 
     # -- one step
 
-    def forward_backward(self, group, batch):
-        """Add a micro-batch's gradients and move its streams on. -> its share of each scalar."""
-        # the (T, B) mask of labelled frames as indices (N,), on the CPU: no synchronisation
-        batch = batch._replace(frames=batch.frames.flatten().nonzero().flatten())
-        batch = batch._make(
-            x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
-        for tensor in (batch.frames, batch.targets):  # N varies: one compiled graph for all
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        events = data.augment(batch.events, batch.rows, batch.cols)
-        state = reset_state(self.states[group], batch.is_first)
-
-        # processes exchange gradients once a step, with the last micro-batch
-        groups = len(self.states)
-        self.forward.require_backward_grad_sync = group == groups - 1
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            losses, self.states[group] = self.forward(events, state, batch.frames, batch.targets)
-        # a batch without boxes runs everything, too, and weighs nothing
-        weight = 1 / groups if batch.has_boxes else 0.0
-        self.scaler.scale(losses["loss"] * weight).backward()
-        shares = {key: value.detach() / groups for key, value in losses.items()}
-        shares["state"] = sum((0 * x).sum() for x in self.states[group])  # 0, or NaN
-        return shares
-
     def train_step(self, batches, stop):
         """One step of the optimiser; stop: above 0 where this process is to stop.
 
@@ -390,10 +367,33 @@ class Run:
         """
         buffers = [x.clone() for x in self.buffers]
         states = list(self.states)
+        groups = len(states)
         scalars = Counter()  # its update adds up
+
+        # add each micro-batch's gradients, move its streams on
         for group, batch in enumerate(batches):
-            scalars.update(self.forward_backward(group, batch))
-        scalars["state"] += stop  # so that one exchange tells all processes who is to stop
+            # the (T, B) mask of labelled frames as indices (N,), on the CPU: no synchronisation
+            batch = batch._replace(frames=batch.frames.flatten().nonzero().flatten())
+            batch = batch._make(
+                x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
+            for tensor in (batch.frames, batch.targets):  # N varies: one compiled graph for all
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            events = data.augment(batch.events, batch.rows, batch.cols)
+            state = reset_state(states[group], batch.is_first)
+
+            # processes exchange gradients once a step, with the last micro-batch
+            self.forward.require_backward_grad_sync = group == groups - 1
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                losses, state = self.forward(events, state, batch.frames, batch.targets)
+            # a batch without boxes runs everything, too, and weighs nothing
+            weight = 1 / groups if batch.has_boxes else 0.0
+            self.scaler.scale(losses["loss"] * weight).backward()
+            self.states[group] = state
+            scalars.update({key: value.detach() / groups for key, value in losses.items()})
+            scalars["state"] += sum((0 * x).sum() for x in state)  # 0, or NaN
+
+        # one exchange, which also tells all processes who is to stop
+        scalars["state"] += stop
         self.scaler.unscale_(self.optimizer)
         scalars["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
         values = torch.stack(list(scalars.values())) / self.world
@@ -403,6 +403,7 @@ class Run:
         wrong = [key for key, value in scalars.items() if not math.isfinite(value)]
         stop = scalars.pop("state") > 0
 
+        # move the weights, or go back
         overflow = wrong == ["grad_norm"] and self.scaler.is_enabled()  # its scale will be halved
         if not wrong:
             CLIP[self.config.grad_clip_by](self.parameters, self.config.grad_clip or math.inf)
