@@ -284,8 +284,8 @@ def beginning():
         "smoothed": 0.0,     # loss, as a moving average
         "lowest": math.inf,  # smoothed loss so far
         "high_steps": 0,     # in a row with a smoothed loss far above the lowest
-        "sums": {},          # of scalars since the last row of the log
-        "count": 0,          # steps in these sums
+        "totals": Counter(), # of scalars since the last row of the log; its update adds up
+        "good_steps": 0,     # steps in these totals
         "log": [],           # rows, as dicts
     }
 
@@ -422,11 +422,10 @@ class Run:
         return stop
 
     def record(self, scalars):
-        """Take a good step's scalars into the sums that are logged and the loss that is watched."""
+        """Take a good step's scalars into what is logged, and the loss that is watched."""
         self.bad_steps = 0
-        self.count += 1
-        for key, value in scalars.items():
-            self.sums[key] = self.sums.get(key, 0) + value
+        self.good_steps += 1
+        self.totals.update(scalars)
         self.smoothed = 0.99 * (self.smoothed or scalars["loss"]) + 0.01 * scalars["loss"]
         self.high_steps += 1
         if self.smoothed <= self.config.max_loss_ratio * self.lowest:
@@ -447,9 +446,9 @@ class Run:
 
     def add_row(self, **row):
         """Log a row: step, means of the scalars since the last row, and what is given."""
-        means = {key: round(total / self.count, 6) for key, total in self.sums.items()}
-        self.sums = {}
-        self.count = 0
+        means = {key: round(total / self.good_steps, 6) for key, total in self.totals.items()}
+        self.totals = Counter()
+        self.good_steps = 0
         row = {"step": self.step, **means, **row}
         self.log.append(row)
         if self.rank > 0:
