@@ -18,10 +18,9 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -526,27 +525,26 @@ class Run:
 
 # ---- the loop
 
-class StopSignal:
+@contextmanager
+def stop_signal():
     """While open, keeps the number of a SIGTERM or Ctrl-C; a second Ctrl-C stops at once.
 
     Only a main thread can: elsewhere, in a notebook say, signals do what they did before.
     """
+    stop = SimpleNamespace(number=0)
 
-    number = 0
-
-    def __enter__(self):
-        kinds = ()
-        if threading.current_thread() is threading.main_thread():
-            kinds = (signal.SIGTERM, signal.SIGINT)
-        self.before = {kind: signal.signal(kind, self.note) for kind in kinds}
-        return self
-
-    def note(self, number, frame):
-        self.number = number
+    def note(number, frame):
+        stop.number = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def __exit__(self, *error):
-        for kind, handler in self.before.items():
+    before = {}
+    with suppress(ValueError):  # no main thread
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            before[kind] = signal.signal(kind, note)
+    try:
+        yield stop
+    finally:
+        for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
@@ -588,7 +586,7 @@ def train(config, checkpoint=None):
     since = run.step     # of that row, or where this process began
     stopped = False
 
-    with bar, StopSignal() as stop:
+    with bar, stop_signal() as stop:
         if not checkpoint:
             run.save("ckpt.pt")  # so that no run is without one
         elif run.due(config.eval_interval) and run.evaluated < run.step:
