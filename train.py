@@ -40,11 +40,6 @@ from model import Detector, ModelConfig, reset_state
 from pictures import draw_curves
 from simulate import ensure_toy
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 defaults = {
     # ---- files
     "out_dir": "out",                 # gets the checkpoints, log.csv, curves.png, config.py
@@ -185,10 +180,11 @@ def peak_gib(device):
     """Peak memory so far: of the allocator on a GPU, else of the process; NaN where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if resource is None:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes in what the system counts
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    with suppress(ImportError):  # Windows has no such module
+        import resource
+        unit = 1 if sys.platform == "darwin" else 2**10  # bytes in what the system counts
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return math.nan
 
 
 # ---- a run
