@@ -570,9 +570,8 @@ def train(config, checkpoint=None):
         if config.wandb_log:
             wandb_module().init(project=config.wandb_project, group=config.wandb_group,
                                 name=config.wandb_run_name, config=vars(config))
-    weights = sum(p.numel() for p in run.parameters)
-    print(f"{run.model.config}\n{weights / 1e6:.2f} M parameters, {run.batches.steps_per_epoch} "
-          f"steps an epoch, {run.device}, {run.dtype}, {run.world} process(es)")
+    print(f"{run.model.config}\n{run.batches.steps_per_epoch} steps an epoch, {run.device}, "
+          f"{run.dtype}, {run.world} process(es)")
 
     groups = config.gradient_accumulation_steps
     frames_a_step = config.sequence_length * config.batch_size * groups * run.world
