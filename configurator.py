@@ -17,25 +17,23 @@ from formats import reading
 
 
 def parse(text, want):
-    """The value that the words on a command line stand for, of the type `want` if they fit it.
+    """The value that a text on a command line stands for, of the type `want` if it fits.
 
-    "1,2,3" and "car,bike" are tuples where a tuple is wanted, "3" alone is a tuple of one.
+    Where a tuple is wanted "1,2,3", "(1,2,3)" and "car,bike" are lists, "3" alone is a list of one.
     """
     if want is str:
         return text
+    literal = text
     if want is bool:
-        text = text.title()
-    if want is tuple and not text:
-        return ()
+        literal = text.title()
+    if want is tuple:
+        literal = f"[{text.strip('()[]')}]"
     try:
-        value = ast.literal_eval(text)
+        return ast.literal_eval(literal)
     except (ValueError, SyntaxError):
-        value = text
-    if want is tuple and isinstance(value, str):
-        return tuple(word.strip() for word in value.split(","))
-    if want is tuple and not isinstance(value, (tuple, list)):
-        return (value,)
-    return value
+        if want is tuple:
+            return [word.strip() for word in text.split(",")]
+        return text
 
 
 def value_of(key, value, defaults, where):

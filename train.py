@@ -224,7 +224,7 @@ class Muon(torch.optim.AdamW):
     def step(self):
         group = self.param_groups[0]
         for p in group["params"]:
-            if p.ndim == 1 or p.grad is None:
+            if p.ndim == 1:
                 continue
             state = self.state[p]
             if not state:  # AdamW wants a count of steps in each state that it loads
@@ -291,11 +291,11 @@ class Run:
     def __init__(self, config):
         self.config = config
         self.device, self.dtype = resolve_device(config)
-        self.cuda = self.device.type == "cuda"
-        if self.cuda:
+        cuda = self.device.type == "cuda"
+        if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32
-        self.rank, self.world = start_processes("nccl" if self.cuda else "gloo")
+        self.rank, self.world = start_processes("nccl" if cuda else "gloo")
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # one process speaks
         if self.rank == 0 and config.data_dir == defaults["data_dir"]:
@@ -317,22 +317,22 @@ class Run:
             rank=self.rank,
             world_size=self.world,
             augmentation=fields_of(Augmentation, config),
-            pin_memory=self.cuda,
+            pin_memory=cuda,
         )
 
         # network
         model = build(config, self.hw, len(self.names)).to(self.device).train()
-        if self.world > 1 and self.cuda:
+        if self.world > 1 and cuda:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
-        H, W = model.config.padded_hw
-        if config.batch_size == 1 and H * W == model.config.strides[-1] ** 2:
+        cells = math.prod(model.config.padded_hw) // model.config.strides[-1] ** 2
+        if config.batch_size * cells == 1:
             raise ValueError(f"batch norm sees one cell of {self.hw} frames: raise batch_size")
         self.parameters = list(model.parameters())
         # the statistics of the batch norms, and a grid that never changes
         self.buffers = list(model.buffers())
         self.forward = Forward(model, fields_of(SizeAware, config))
-        if config.compile and self.cuda:
+        if config.compile and cuda:
             self.forward = torch.compile(self.forward)
         if self.world > 1:
             self.forward = DistributedDataParallel(self.forward)
@@ -503,7 +503,8 @@ class Run:
     def restore(self, checkpoint):
         """Go on from where `checkpoint` was saved."""
         load_weights(self.model, checkpoint["model"], self.config.out_dir)
-        before, states = checkpoint["config"], checkpoint["states"]
+        before = checkpoint["config"]
+        states = checkpoint["states"]
         same = all(before[key] == getattr(self.config, key) for key in ("data_dir", *PLAN))
         if same and len(states) == self.world:
             self.states = moved(states[self.rank], self.device)
@@ -631,7 +632,7 @@ def train(config, checkpoint=None):
 
 def resume(out_dir, argv):
     """Exit status of the run in out_dir, which goes on with its config as `argv` changes it."""
-    path = os.path.join(out_dir, "ckpt.pt")
+    path = f"{out_dir}/ckpt.pt"
     checkpoint = read_checkpoint(path)
     if "progress" not in checkpoint:
         raise ValueError(f"{path}: weights without a training state; start with --init_from={path}")
