@@ -9,7 +9,6 @@ a known key, unless it starts with an underscore.
 
 import ast
 import difflib
-import os
 import runpy
 import sys
 
@@ -96,17 +95,13 @@ def dump(config):
 
 
 def command_line(main):
-    """Run main(argv); a mistake (ValueError, OSError, full memory) ends in one line, Ctrl-C in 130.
-
-    NANORVT_TRACEBACK=1 shows where the mistake was found.
-    """
+    """Run main(argv); a mistake (ValueError, OSError, full memory) ends in one line, Ctrl-C in 130."""
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         # torch says "can't allocate memory" on a CPU, "Tried to allocate" on a GPU
-        mistake = isinstance(error, (ValueError, OSError)) or "allocate" in repr(error)
-        if os.getenv("NANORVT_TRACEBACK") or not mistake:
+        if not isinstance(error, (ValueError, OSError)) and "allocate" not in repr(error):
             raise
         sys.exit("error: " + " ".join(str(error).split()))
