@@ -35,7 +35,7 @@ def parse(text, want):
         return text
 
 
-def value_of(key, value, defaults, where):
+def value_of(key, value, defaults):
     """`value`, if `key` is known and the value has the type of its default; ints widen to floats.
 
     ValueError names an unknown key, with the nearest known one, or a value of another type.
@@ -43,15 +43,15 @@ def value_of(key, value, defaults, where):
     if key not in defaults:
         near = difflib.get_close_matches(key, defaults, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(defaults))}"
-        raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+        raise ValueError(f"unknown key {key!r}; {hint}")
     default = defaults[key]
     want = type(default)
     if (type(value), want) in ((int, float), (list, tuple)):
         value = want(value)
     if type(value) is not want:
-        raise ValueError(f"{where}: {key}={value!r} is no {want.__name__} like {default!r}")
+        raise ValueError(f"{key}={value!r} is no {want.__name__} like {default!r}")
     if want is float and not abs(value) < 1e99:
-        raise ValueError(f"{where}: {key}={value!r} is no finite number")
+        raise ValueError(f"{key}={value!r} is no finite number")
     return value
 
 
@@ -70,22 +70,22 @@ def configure(defaults, argv):
         if not word.startswith("--"):
             if not word.endswith(".py"):
                 raise ValueError(f"{word}: no config NAME.py (options are --KEY=VALUE)")
-            with reading(f"{word}: this config fails"):
-                names = runpy.run_path(word, config)
-            for key, value in names.items():
-                if not key.startswith("_"):
-                    config[key] = value_of(key, value, defaults, word)
+            with reading(word):
+                for key, value in runpy.run_path(word, config).items():
+                    if not key.startswith("_"):
+                        config[key] = value_of(key, value, defaults)
             continue
 
         key, equals, text = word[2:].partition("=")
         want = type(defaults.get(key, ""))
-        if not equals and words and not words[0].startswith("--"):
-            text = words.pop(0)  # the value is the next word
-        elif not equals and want is bool:
-            text = "True"
-        elif not equals and key in defaults:
-            raise ValueError(f"--{key} has no value; write --{key}=VALUE")
-        config[key] = value_of(key, parse(text, want), defaults, "command line")
+        if not equals:
+            if words and not words[0].startswith("--"):
+                text = words.pop(0)  # the value is the next word
+            elif want is bool:
+                text = "True"
+            elif key in defaults:
+                raise ValueError(f"--{key} has no value; write --{key}=VALUE")
+        config[key] = value_of(key, parse(text, want), defaults)
     return config
 
 
@@ -95,7 +95,10 @@ def dump(config):
 
 
 def command_line(main):
-    """Run main(argv); a mistake (ValueError, OSError, full memory) ends in one line, Ctrl-C in 130."""
+    """Run main(argv). A mistake (ValueError, OSError, full memory) ends in one line.
+
+    Ctrl-C ends in status 130.
+    """
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -117,7 +117,8 @@ def main(argv):
     known = train.defaults | defaults
     path = configure(known, argv)["ckpt"]
     trained = read_checkpoint(path).get("config", {})
-    trained = {k: value_of(k, v, known, path) for k, v in trained.items() if k in known}
+    with reading(path):
+        trained = {k: value_of(k, v, known) for k, v in trained.items() if k in known}
     known |= trained | defaults | {"out_dir": str(Path(path).parent)}
     config = SimpleNamespace(**configure(known, argv))
     train.check(config)
