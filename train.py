@@ -370,7 +370,7 @@ class Run:
             # the (T, B) mask of labelled frames as indices (N,), on the CPU: no synchronisation
             batch = batch._replace(frames=batch.frames.flatten().nonzero().flatten())
             batch = batch._make(
-                x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
+                torch.as_tensor(x).to(self.device, non_blocking=True) for x in batch)
             for tensor in (batch.frames, batch.targets):  # N varies: one compiled graph for all
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
             events = data.augment(batch.events, batch.rows, batch.cols)
@@ -381,7 +381,7 @@ class Run:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 losses, state = self.forward(events, state, batch.frames, batch.targets)
             # a batch without boxes runs everything, too, and weighs nothing
-            weight = 1 / groups if batch.has_boxes else 0.0
+            weight = batch.has_boxes / groups
             self.scaler.scale(losses["loss"] * weight).backward()
             self.states[group] = state
             scalars.update({key: value.detach() / groups for key, value in losses.items()})
