@@ -600,9 +600,10 @@ def train(config, checkpoint=None):
             stopped = run.train_step(batches, stop.number)
             busy += time.perf_counter() - started
             bar.update()
+            evaluates = run.due(config.eval_interval)
 
             # log
-            if run.due(config.log_interval) or run.due(config.eval_interval):
+            if run.due(config.log_interval) or evaluates:
                 speed = {
                     "frames_per_s": round((run.step - since) * frames_a_step / busy, 2),
                     "data_wait": round(waited / busy, 3),
@@ -614,11 +615,11 @@ def train(config, checkpoint=None):
                 since = run.step
 
             # save, also before a validation, which takes long and may run out of memory
-            if run.due(config.checkpoint_interval) or run.due(config.eval_interval) or stopped:
+            if run.due(config.checkpoint_interval) or evaluates or stopped:
                 run.save("ckpt.pt")
 
             # evaluate
-            if run.due(config.eval_interval) and not stopped:
+            if evaluates and not stopped:
                 run.validate()
 
     if stopped:
