@@ -273,15 +273,15 @@ def beginning():
     """Where a run stands at its start, apart from its tensors: attributes of a Run, saved whole."""
     return {
         "step": 0,
-        "evaluated": 0,      # step of the last validation
-        "best_ap": -2.0,     # below -1, the AP where nothing can be scored
-        "bad_steps": 0,      # in a row that were not finite
-        "smoothed": 0.0,     # loss, as a moving average
-        "lowest": math.inf,  # smoothed loss so far
-        "high_steps": 0,     # in a row with a smoothed loss far above the lowest
-        "totals": Counter(), # of scalars since the last row of the log; its update adds up
-        "good_steps": 0,     # steps in these totals
-        "log": [],           # rows, as dicts
+        "evaluated": 0,        # step of the last validation
+        "best_ap": -2.0,       # below -1, the AP where nothing can be scored
+        "bad_steps": 0,        # in a row that were not finite
+        "smoothed": 0.0,       # loss, as a moving average
+        "lowest": math.inf,    # smoothed loss so far
+        "high_steps": 0,       # in a row with a smoothed loss far above the lowest
+        "totals": Counter(),   # of scalars since the last row of the log; its update adds up
+        "good_steps": 0,       # steps in these totals
+        "log": [],             # rows, as dicts
     }
 
 
