@@ -510,7 +510,8 @@ class Run:
             self.states = moved(states[self.rank], self.device)
         else:
             print("resumed with other streams: their states start at 0")
-        vars(self).update(checkpoint["progress"])
+        for key, value in beginning().items():  # an older checkpoint may lack one
+            setattr(self, key, checkpoint["progress"].get(key, value))
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
@@ -571,8 +572,9 @@ def train(config, checkpoint=None):
         if config.wandb_log:
             wandb_module().init(project=config.wandb_project, group=config.wandb_group,
                                 name=config.wandb_run_name, config=vars(config))
-    print(f"{run.model.config}\n{run.batches.steps_per_epoch} steps an epoch, {run.device}, "
-          f"{run.dtype}, {run.world} process(es)")
+    weights = sum(p.numel() for p in run.parameters)
+    print(f"{run.model.config}\n{weights / 1e6:.2f} M parameters, {run.batches.steps_per_epoch} "
+          f"steps an epoch, {run.device}, {run.dtype}, {run.world} process(es)")
 
     groups = config.gradient_accumulation_steps
     frames_a_step = config.sequence_length * config.batch_size * groups * run.world
