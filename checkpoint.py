@@ -16,16 +16,6 @@ from formats import reading
 from model import Detector, ModelConfig
 
 
-def is_checkpoint(found):
-    """Whether `found` holds weights, ours or RVT's, and a dict wherever a checkpoint has one."""
-    if not isinstance(found, dict):
-        return False
-    dicts = {key for key, value in found.items() if isinstance(value, dict)}
-    if "config" in found and "config" not in dicts:
-        return False
-    return {"model", "model_config"} <= dicts or "state_dict" in dicts
-
-
 def read_checkpoint(path):
     """Contents of a checkpoint file (ours or RVT's) on the CPU, read without running code.
 
@@ -37,6 +27,7 @@ def read_checkpoint(path):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("damaged")
         found = torch.load(path, map_location="cpu", weights_only=True)
+        dicts = {key for key, value in found.items() if isinstance(value, dict)}
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for damaged files
@@ -49,7 +40,8 @@ def read_checkpoint(path):
                 "torch.save({'state_dict': found['state_dict']}, 'weights.ckpt')\""
             )
         raise ValueError(f"{path}: {what}") from error
-    if not is_checkpoint(found):
+    known = {"model", "model_config"} <= dicts or "state_dict" in dicts
+    if not known or "config" in found.keys() - dicts:
         raise ValueError(f"{path}: no checkpoint of nanoRVT or RVT (no 'model' or 'state_dict')")
     return found
 
