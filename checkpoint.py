@@ -62,22 +62,23 @@ def load_weights(model, weights, where, new_classes=False):
     classes, these stay as they are in `model`, and a line says so.
     """
     own = model.state_dict()
-    wrong = {}
+    fitting = {}
+    wrong = []
     for name in own | weights:
         has = shape(weights.get(name))
         needs = shape(own.get(name))
         if has != needs:
-            wrong[name] = f"{name} is {has} in the file, {needs} in the model"
-    first = "; ".join(list(wrong.values())[:3])
-    if wrong and new_classes and all(".cls_pred." in name for name in wrong):
+            wrong.append(f"{name} is {has} in the file, {needs} in the model")
+        elif weights[name].isfinite().all():
+            fitting[name] = weights[name]
+        else:
+            raise ValueError(f"{where}: {name} is not finite; take an earlier checkpoint")
+    first = "; ".join(wrong[:3])
+    if wrong and new_classes and all(".cls_pred." in line for line in wrong):
         print(f"{where}: the class layers start from scratch: {first}")
-        weights = own | {name: x for name, x in weights.items() if name not in wrong}
     elif wrong:
         raise ValueError(f"{where}: {len(wrong)} weights do not fit this architecture: {first}")
-    for name, x in weights.items():
-        if not x.isfinite().all():
-            raise ValueError(f"{where}: {name} is not finite; take an earlier checkpoint")
-    model.load_state_dict(weights)
+    model.load_state_dict(own | fitting)
     return model
 
 
