@@ -117,10 +117,8 @@ def our_name(name):
     """Name of a weight of RVT in our Detector."""
     for part, ours in RVT_NAMES.items():
         name = name.replace(part, ours)
-    if name.startswith("yolox_head."):  # yolox_head.cls_pred.0.bias -> heads.0.cls_pred.bias
-        _, part, level, rest = name.split(".", 3)
-        name = f"heads.{level}.{part}.{rest}"
-    return name
+    # yolox_head.cls_pred.0.bias -> heads.0.cls_pred.bias
+    return re.sub(r"yolox_head\.(\w+)\.(\d+)", r"heads.\2.\1", name)
 
 
 def read_weights(path):
@@ -130,11 +128,10 @@ def read_weights(path):
         return found["model"]
     weights = {}
     for name, x in found["state_dict"].items():
+        if name.endswith("lstm.conv1x1.weight"):
+            x = x.squeeze()  # a 1x1 convolution is linear
         if name.startswith("mdl."):
             weights[our_name(name[4:])] = x
-    for name, x in weights.items():
-        if name.endswith("lstm.gates.weight") and x.ndim == 4:
-            weights[name] = x.flatten(1)  # a 1x1 convolution is linear
     return weights
 
 
@@ -169,8 +166,8 @@ def load_detector(path, input_hw=None, partition_split=0, dim_head=32):
     """
     found = read_checkpoint(path)
     if "model_config" not in found:
-        told = dict(input_hw=input_hw, partition_split=partition_split, dim_head=dim_head)
-        return load_rvt(path, **told)
+        return load_rvt(
+            path, input_hw=input_hw, partition_split=partition_split, dim_head=dim_head)
     with reading(path):
         config = ModelConfig(**found["model_config"])
         if input_hw not in (None, config.input_hw):  # no weight depends on these two
