@@ -87,12 +87,12 @@ def move_boxes(boxes, hw, view):
         if zoom > 1:
             first = corner
             last = min(corner + size / zoom, last) - 1
-        low = np.clip(boxes[start], first, last) - first
-        high = np.clip(boxes[start] + boxes[extent], first, last) - first
+        edges = (boxes[start], boxes[start] + boxes[extent])
+        low, high = np.clip(edges, first, last) - first
         # zoom; out, into the window
         if zoom != 1:
             high = low + (high - low)  # as RVT adds it: the last bit differs
-            high = np.minimum(high * zoom, size * min(zoom, 1) - 1)
+            high = np.minimum(high * zoom, size * zoom - 1)
             low = low * zoom
         boxes[start] = low + (corner - first)
         boxes[extent] = high - low
@@ -240,18 +240,17 @@ def draw_view(rng, hw, boxes, augmentation, random):
     if flip:
         x = hw[1] - 1 - x - w
 
-    # the corner of the window, along both axes: anywhere, or so that it holds the box; a box
-    # that is larger holds the window
-    start = np.array((x, y))
+    # the corner of the window, along both axes: anywhere, or from where the window ends with the
+    # box to where it starts with it; the other way round, the window lies in a larger box
     size = np.array(hw[::-1])
     window = (size / factor).astype(int)
     first = 0
     last = size - window
     if inward:
-        reach = np.maximum(window, (w, h))
-        first = np.maximum(start + (w, h) - reach, 0)
-        last = np.minimum(start + reach, size - 1) - window
-    corner = rng.uniform(first, np.maximum(first, last)).astype(int)
+        start = np.array((x, y))
+        ends = np.sort((start, start + (w, h) - window), axis=0)
+        first, last = np.maximum(np.minimum(ends, last - 1), 0)
+    corner = rng.uniform(first, last).astype(int)
     return View(flip, factor if inward else 1 / factor, *corner.tolist())
 
 
