@@ -154,7 +154,7 @@ class Sequence:
                 for seen in np.split(boxes, first)[1:]
             ]
             # a frame that keeps no box is unlabelled
-            self.boxes = [seen for seen in boxes if len(seen)]
+            self.boxes = list(filter(len, boxes))
             self.label_frames = frames[[len(seen) > 0 for seen in boxes]]
 
     def read(self, start, stop, out=None):
@@ -169,8 +169,7 @@ class Sequence:
         for frame, target in zip(range(start, stop), out):
             with reading(f"{self.file}: frame {frame} does not decode"):
                 skipped = True
-                a_frame_each = data.chunks == (1, *data.shape[1:])
-                if a_frame_each and data.filter_ids == (hdf5plugin.BLOSC_ID,):
+                if data.chunks == (1, *target.shape) and data.filter_ids == (hdf5plugin.BLOSC_ID,):
                     skipped, chunk = data.id.read_direct_chunk((frame, 0, 0, 0))
                 if skipped:  # by the filter, or it is another one
                     target[:] = data[frame]
