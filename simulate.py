@@ -198,11 +198,15 @@ def make_thing(rng, kind, scene, steps):
     return SimpleNamespace(kind=kind, box_xyxy=box, depth=depth, moved=moved, picture=picture)
 
 
-def overlap(pixels, start, stop):
-    """Share of each pixel (n,) in each of CELLS cells between start and stop px: (n, CELLS)."""
+def overlap(size, start, stop):
+    """Which pixels of a row or column of `size` lie between start and stop px, as a slice.
+
+    Also the share of each of them in each of CELLS cells there (n, CELLS) float32.
+    """
+    reached = slice(max(int(start), 0), max(int(stop) + 1, 0))
+    pixels = np.arange(size)[reached, None]
     edges = start + (stop - start) / CELLS * np.arange(CELLS + 1)
-    inside = np.minimum(pixels[:, None] + 1, edges[1:]) - np.maximum(pixels[:, None], edges[:-1])
-    return np.float32(inside.clip(0))
+    return reached, np.diff(edges.clip(pixels, pixels + 1)).astype(np.float32)
 
 
 def render(scene, things, step):
@@ -212,12 +216,10 @@ def render(scene, things, step):
     owner = np.full((H, W), -1)
     for index in np.argsort([-thing.depth[step] for thing in things]):  # from far to near
         x1, y1, x2, y2 = things[index].box_xyxy[step].tolist()
-        rows = slice(max(int(y1), 0), max(int(y2) + 1, 0))
-        columns = slice(max(int(x1), 0), max(int(x2) + 1, 0))
+        rows, y = overlap(H, y1, y2)
+        columns, x = overlap(W, x1, x2)
         view = image[rows, columns]
         if view.size:
-            y = overlap(np.arange(H)[rows], y1, y2)
-            x = overlap(np.arange(W)[columns], x1, x2)
             ink, cover = y @ things[index].picture @ x.T
             view += ink - cover * view
             owner[rows, columns][cover > 0.5] = index
