@@ -265,10 +265,10 @@ class Sensor:
         image = image.ravel()
         threshold = np.copysign(self.threshold, image - self.level)
         count = ((image - self.level) / threshold).astype(np.int32)
-        pixels = np.flatnonzero((count > 0) & (image != self.before))
+        pixels = np.flatnonzero(image != self.before)
         events = []
-        for nth in range(1, count.max() + 1):
-            pixels = pixels[count[pixels] >= nth]
+        for nth in range(count.max()):
+            pixels = pixels[count[pixels] > nth]
             self.level[pixels] += threshold[pixels]
             before = self.before[pixels]
             part = (self.level[pixels] - before) / (image[pixels] - before)
