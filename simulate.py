@@ -67,41 +67,51 @@ HEADLIGHT = (
     (LAMP, 55, 75, 90, 100),
 )
 # What there is to see: eTraM's classes in order of their ids, then what stands about and has no
-# label. Name, length and height in m, speed in m/s, parts.
+# label. Length and height in m, speed in m/s, parts.
 KINDS = (
-    ("pedestrian", 0.75, 1.75, 1.4, PERSON),
-    ("car", 4.2, 1.5, 10, WHEELS + (
+    # pedestrian
+    (0.75, 1.75, 1.4, PERSON),
+    # car
+    (4.2, 1.5, 10, WHEELS + (
         (BODY, 0, 90, 14, 78),
         (BODY, 40, 88, 0, 100),
         (GLASS, 10, 42, 24, 70),
     )),
-    ("bicycle", 1.75, 1.75, 4.5, WHEELS + PERSON),
-    ("bus", 8.5, 3.1, 7.5, WHEELS + (
+    # bicycle
+    (1.75, 1.75, 4.5, WHEELS + PERSON),
+    # bus
+    (8.5, 3.1, 7.5, WHEELS + (
         (BODY, 0, 90, 0, 100),
         (GLASS, 14, 46, 4, 96),
     )),
-    ("motorbike", 2.0, 1.5, 9, PERSON + WHEELS + (
+    # motorbike
+    (2.0, 1.5, 9, PERSON + WHEELS + (
         (GLASS, 48, 82, 15, 90),
     )),
-    ("truck", 6.5, 3.1, 8, WHEELS + (
+    # truck
+    (6.5, 3.1, 8, WHEELS + (
         (BODY, 0, 85, 0, 68),
         (LIGHT, 20, 88, 72, 100),
         (GLASS, 26, 50, 84, 98),
     )),
-    ("tram", 13, 3.5, 8, (
+    # tram
+    (13, 3.5, 8, (
         (DARK, 0, 20, 22, 28),
         (BODY, 14, 100, 0, 100),
         (GLASS, 28, 54, 2, 98),
     )),
-    ("wheelchair", 1.05, 1.35, 1.3, PERSON + (
+    # wheelchair
+    (1.05, 1.35, 1.3, PERSON + (
         (DARK, 45, 100, 5, 60),
     )),
-    ("tree", 4.0, 6.0, 0, (
+    # tree
+    (4.0, 6.0, 0, (
         (DARK, 50, 100, 46, 54),
         (BODY, 0, 40, 20, 70),
         (GLASS, 25, 70, 10, 90),
     )),
-    ("lantern", 0.5, 3.5, 0, (
+    # lantern
+    (0.5, 3.5, 0, (
         (LAMP, 0, 12, 0, 100),
     )),
 )
@@ -157,7 +167,7 @@ def make_thing(rng, kind, scene, steps):
     Fields: kind; at each step box_xyxy (steps, 4) px, depth (steps,) m, moved (steps,) px so far;
     picture (2, CELLS, CELLS) as from draw.
     """
-    _, length, tall, speed, parts = KINDS[kind]
+    length, tall, speed, parts = KINDS[kind]
     W = scene.ground.shape[1]
     # The size in px is drawn first, the same way for all kinds, and the depth follows from it, so
     # that the size does not tell the class; but nothing is nearly below the camera.
