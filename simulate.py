@@ -149,8 +149,7 @@ def draw(parts, body, rise):
     The corners of all parts are round.
     """
     y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 100 / CELLS
-    higher = x if rise < 0 else 100 - x
-    y = y * (1 + abs(rise)) - higher * abs(rise)
+    y = 50 + (y - 50) * (1 + abs(rise)) + (x - 50) * rise  # the middle stays
     picture = np.zeros((2, CELLS, CELLS), np.float32)
     for paint, top, bottom, left, right in parts:
         down = (2 * y - top - bottom) / (bottom - top)  # -1 to 1
@@ -178,21 +177,23 @@ def make_thing(rng, kind, scene, steps):
     time = np.arange(steps) / FPS
     stop = rng.uniform(0, 3 * time[-1])  # for some after the end
     start = stop + rng.uniform(0.7, 4)
-    pace = np.interp(time, (stop - 0.7, stop, start, start + 0.9), (1, 0, 0, 1))
-    pace *= speed * rng.lognormal(0, 0.25)
+    moving = np.interp(time, (stop - 0.7, stop, start, start + 0.9), (1, 0, 0, 1))
+    pace = speed * rng.lognormal(0, 0.25) * moving
     way = np.cumsum(pace) / FPS
     way -= rng.choice(way)
 
     # On the ground plane, then in the image.
     angle = rng.normal(scene.road, 0.2) + np.pi * rng.integers(2)
+    across = np.cos(angle)  # the share of its way that leads to the right
     # Seen from above, its line on the ground rises in the image where it goes away.
-    rise = np.clip(scene.camera / depth * np.tan(angle) * np.sign(np.cos(angle)), -0.6, 0.6)
-    rise *= length / tall * (speed > 0)
-    right = rng.uniform(-0.45, 0.45) * depth + np.cos(angle) * way
+    slope = scene.camera / depth * np.tan(angle) * np.sign(across)
+    rise = length / tall * np.clip(slope, -0.6, 0.6)
+    right = rng.uniform(-0.45, 0.45) * depth + across * way
     depth = np.maximum(depth + np.sin(angle) * way, 0.5)
     scale = W / depth  # px a metre
     middle = W / 2 + right * scale
-    if speed == 0:
+    if speed == 0:  # the wind moves it
+        rise = 0
         middle += 0.05 * length * scale * np.sin(time * rng.uniform(2, 20))
     half = length / 2 * scale
     foot = scene.horizon + scene.camera * scale
@@ -203,7 +204,7 @@ def make_thing(rng, kind, scene, steps):
     if scene.night and speed > 5:
         parts += HEADLIGHT
     picture = draw(parts, rng.normal(0, 0.8), rise)
-    if np.cos(angle) < 0:  # it goes to the left
+    if across < 0:  # it goes to the left
         picture = picture[..., ::-1]
     return SimpleNamespace(kind=kind, box_xyxy=box, depth=depth, moved=moved, picture=picture)
 
