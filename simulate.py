@@ -226,7 +226,7 @@ def render(scene, things, step):
     H, W = image.shape
     owner = np.full((H, W), -1)
     for index in np.argsort([-thing.depth[step] for thing in things]):  # from far to near
-        x1, y1, x2, y2 = things[index].box_xyxy[step].tolist()
+        x1, y1, x2, y2 = things[index].box_xyxy[step].tolist()  # faster than as NumPy numbers
         rows, y = overlap(H, y1, y2)
         columns, x = overlap(W, x1, x2)
         view = image[rows, columns]
@@ -243,10 +243,10 @@ def labels_at(scene, things, step, owner):
     Left out: what is mostly hidden, too small, or has not moved yet (it never caused an event, so
     that no detector can know of it).
     """
-    H, W = owner.shape
+    bottom, right = np.subtract(owner.shape, 1)
     labels = []
     for index, thing in enumerate(things):
-        x1, y1, x2, y2 = thing.box_xyxy[step].clip(0, (W - 1, H - 1, W - 1, H - 1))
+        x1, y1, x2, y2 = thing.box_xyxy[step].clip(0, (right, bottom, right, bottom))
         area = (x2 - x1) * (y2 - y1)
         seen = np.sum(owner == index) > MIN_VISIBLE * area
         if seen and area >= (2 * scene.sizes[0]) ** 2 and thing.moved[step] > 2:
@@ -351,7 +351,7 @@ def simulate(dst, num_workers=0, **changes):
     list(tqdm(done, "simulate", len(jobs), unit="recording"))
 
 
-def ensure_toy(data_dir="datasets/toy", num_workers=2):
+def ensure_toy(data_dir, num_workers=2):
     """Make the toy data set in data_dir unless it is complete, from recordings in data_dir_raw."""
     if Path(data_dir).exists() and not Path(data_dir, ".partial").exists():
         return
