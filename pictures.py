@@ -58,11 +58,10 @@ def draw_curves(path, rows):
     """Every column of a log over its steps, a panel each, as a picture; rows: dicts with a step."""
     keys = sorted(set().union(*rows) - {"step"})
     figure = Figure((16, 8), layout="constrained")
-    panels = figure.subplots(-(-len(keys) // 4), 4, squeeze=False)
-    for axes, key in zip(panels.flat, keys):
+    for place, key in enumerate(keys, 1):
+        axes = figure.add_subplot(-(-len(keys) // 4), 4, place, title=key, xlabel="step")
         points = [(row["step"], row[key]) for row in rows if key in row]
         axes.plot(*np.transpose(points), ".-")
-        axes.set(title=key, xlabel="step")
     write(path, figure.savefig)
 
 
@@ -134,18 +133,8 @@ def pictures(path, report, confusion, sequences, labels, detections):
 def draw_box_sizes(path, sides):
     """Histogram of box sides (sqrt of the area, pixels), one line for each split of `sides`."""
     figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    axes.hist(
-        list(sides.values()),
-        bins=60,
-        histtype="step",
-        label=list(sides),
-    )
-    axes.set(
-        xlabel="sqrt(box area), pixels",
-        ylabel="boxes",
-        yscale="log",
-    )
+    axes = figure.add_subplot(xlabel="sqrt(box area), pixels", ylabel="boxes", yscale="log")
+    axes.hist(list(sides.values()), bins=60, histtype="step", label=list(sides))
     axes.legend()
     write(path, figure.savefig)
 
