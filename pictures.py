@@ -67,19 +67,6 @@ def draw_curves(path, rows):
 
 # ---- report
 
-def draw_precision_recall(axes, curves, names):
-    """A line for each class; curves: of each, precision at recall 0, 0.01, ... 1."""
-    for precision, name in zip(curves, names):
-        axes.plot(np.linspace(0, 1, 101), precision, label=name)
-    axes.set(
-        title="IoU 0.5, all boxes",
-        xlabel="recall",
-        ylabel="precision",
-        ylim=(0, 1.02),  # where there are no labels it is -1
-    )
-    axes.legend()
-
-
 def draw_confusion(axes, counts, names):
     """Counts of labelled (rows) against detected class."""
     axes.imshow(np.log1p(counts), cmap="Blues", alpha=0.5)  # pale, so that black can be read
@@ -94,13 +81,6 @@ def draw_confusion(axes, counts, names):
     )
 
 
-def draw_ap_by_size(axes, row):
-    """AP of tiny to large boxes as bars; where it is undefined there is none."""
-    values = np.array([row[f"AP_{size}"] for size in "TSML"], float)
-    axes.bar_label(axes.bar(["tiny", "small", "medium", "large"], values), fmt="%.3f")
-    axes.set(title="AP by size, class mean, all boxes")
-
-
 def pictures(path, report, confusion, sequences, labels, detections):
     """Write precision-recall, confusion and AP by size, then some frames, as one picture.
 
@@ -110,9 +90,24 @@ def pictures(path, report, confusion, sequences, labels, detections):
     figure = Figure((19, 19), layout="constrained")
     left, middle, right, *places = figure.subplots(4, 3).flat
     names = report["settings"]["classes"]
-    draw_precision_recall(left, report["curves"], names)
+
+    # precision at recall 0, 0.01, ... 1, a line for each class
+    left.plot(np.linspace(0, 1, 101), np.transpose(report["curves"]), label=names)
+    left.set(
+        title="IoU 0.5, all boxes",
+        xlabel="recall",
+        ylabel="precision",
+        ylim=(0, 1.02),  # where there are no labels it is -1
+    )
+    left.legend()
+
     draw_confusion(middle, confusion, [*names, "background"])
-    draw_ap_by_size(right, report["rows"]["class mean, all boxes"])
+
+    # where an AP is undefined there is no bar
+    row = report["rows"]["class mean, all boxes"]
+    values = np.array([row[f"AP_{size}"] for size in "TSML"], float)
+    right.bar_label(right.bar(["tiny", "small", "medium", "large"], values), fmt="%.3f")
+    right.set(title="AP by size, class mean, all boxes")
 
     # as many frames as there are places, spread over all sequences
     frames = []
