@@ -128,8 +128,17 @@ def pictures(path, report, confusion, sequences, labels, detections):
 def draw_box_sizes(path, sides):
     """Histogram of box sides (sqrt of the area, pixels), one line for each split of `sides`."""
     figure = Figure(layout="constrained")
-    axes = figure.add_subplot(xlabel="sqrt(box area), pixels", ylabel="boxes", yscale="log")
-    axes.hist(list(sides.values()), bins=60, histtype="step", label=list(sides))
+    axes = figure.add_subplot(
+        xlabel="sqrt(box area), pixels",
+        ylabel="boxes",
+        yscale="log",
+    )
+    axes.hist(
+        list(sides.values()),
+        bins=60,
+        histtype="step",
+        label=list(sides),
+    )
     axes.legend()
     write(path, figure.savefig)
 
