@@ -87,7 +87,7 @@ def measure(config, B, device, dtype):
     peak = train.peak_gib(device)
     if math.isnan(peak):
         peak = "n/a"
-    return {"batch": B, "step_s": np.median(seconds), "peak_gib": peak,
+    return {"batch": B, "step_s": float(np.median(seconds)), "peak_gib": peak,
             "kept_gib": sum(parts.values()), "parts": parts}
 
 
