@@ -99,7 +99,6 @@ LATE_US = 10_000  # time that an event may be late by, if it is not one of few
 MAX_GAP_US = 600_000_000  # without events for longer a time is damaged: sensors are noisy
 MAX_EVENTS_PER_US = 1_000  # no sensor is faster
 MAX_LEAD_US = 10_000_000  # a clock that starts later is not filled with windows from 0 on
-MAX_LENGTH_US = 50_000_000_000  # 14 hours: the clocks of longer recordings are checked first
 FRAME_US = 100_000  # between labelled frames, about; the earliest labelled frame
 JITTER_US = 2_000  # how far off the grid of labels a label may be, or off the others of a frame
 MAX_CLASSES = 1_000  # without names
@@ -324,34 +323,34 @@ class Recording:
                 yield t, x, y, p
 
 
+def regular_ends(recording):
+    """Ends (N,) us of windows from the first event on until the last is out; reads all of it."""
+    for _ in recording.chunks():
+        pass
+    return np.arange(recording.first_us, recording.last_us, WINDOW_US) + WINDOW_US
+
+
 def windows(recording, ends_us=None):
     """Yield the events (t, x, y, p) of each window [end - WINDOW_US, end], both ends included.
 
     ends_us: ascending window ends, which may overlap, leave gaps or lie beyond the recording; None:
-    every WINDOW_US from the first event on until the last event is out. Empty windows are four
-    empty arrays. In memory: the events of a window and of a block.
+    regular_ends. Empty windows are four empty arrays. In memory: the events of a window and of a
+    block.
     """
-    chunks = recording.chunks()
-    events = next(chunks, [np.zeros(0, np.int64)] * 4)
-    ends = ends_us
     if ends_us is None:
-        ends = itertools.count(recording.first_us + WINDOW_US, WINDOW_US)
-    for end in ends:
-        # Read on until an event lies after the window, or the recording ends.
-        while recording.last_us <= end:
-            chunk = next(chunks, None)
-            if chunk is None:
-                break
-            events = [np.concatenate(columns) for columns in zip(events, chunk)]
-        if ends_us is None and recording.last_us <= end - WINDOW_US:
-            return
+        ends_us = regular_ends(recording)
+    never = [np.array([np.iinfo(np.int64).max])] * 4  # an event after all windows
+    chunks = itertools.chain(recording.chunks(), [never])
+    events = next(chunks)
+    for end in ends_us:
+        # Read on until an event lies after the window.
+        while events[0][-1] <= end:
+            events = [np.concatenate(columns) for columns in zip(events, next(chunks))]
         # What lies before this window lies before all later ones.
         first = np.searchsorted(events[0], end - WINDOW_US)
         events = [column[first:] for column in events]
         last = np.searchsorted(events[0], end, side="right")
         yield [column[:last] for column in events]
-    for _ in chunks:  # so that all of it is checked and counted
-        pass
 
 
 # ---- labels
@@ -470,32 +469,27 @@ def label_frames(times, grid_us):
     return np.array(frames, np.int64), spacing_us
 
 
-def too_fast(times):
-    """Whether many label times (L,) us all follow one another faster than FAST_US.
-
-    Except in one burst: the boxes of a frame.
-    """
-    if len(times) <= 10:
-        return False
-    burst = np.ptp(times) < JITTER_US and times[0] >= FRAME_US
-    return np.diff(times).max() < FAST_US and not burst
-
-
 def check_clocks(recording, times):
-    """ValueError if the events read and labels at times (L,) us seem to be of different clocks.
+    """ValueError if events, all read, and labels at times (L,) us seem to be of different clocks.
 
     They are if most labels lie outside the recording, one ends 300 times as late as the other, or
-    labels follow one another too fast.
+    many labels follow one another faster than FAST_US, except for the boxes of a single frame. Or
+    if there are more events than microseconds can hold.
     """
     first = recording.first_us
     last = recording.last_us
-    inside = np.mean((times >= first) & (times <= last + WINDOW_US))
-    magnitude = np.log10(max(last, 1) / max(times[-1], 1))
-    if inside < 0.5 or abs(magnitude) > 2.5 or too_fast(times):
-        cause = CAUSES.get(3 * round(magnitude / 3), "another zero, or another unit")
-        raise ValueError(
-            f"{recording.path}: events from {first} to {last} us, labels from {times[0]} to "
-            f"{times[-1]} us: {cause}? Both need microseconds of one clock")
+    if len(times):
+        inside = np.mean((times >= first) & (times <= last + WINDOW_US))
+        magnitude = np.log10(max(last, 1) / max(times[-1], 1))
+        fast = len(times) > 10 and np.diff(times).max() < FAST_US
+        one_frame = np.ptp(times) < JITTER_US and times[0] >= FRAME_US
+        if inside < 0.5 or abs(magnitude) > 2.5 or (fast and not one_frame):
+            cause = CAUSES.get(3 * round(magnitude / 3), "another zero, or another unit")
+            raise ValueError(
+                f"{recording.path}: events from {first} to {last} us, labels from {times[0]} to "
+                f"{times[-1]} us: {cause}? Both need microseconds of one clock")
+    if recording.events > MAX_EVENTS_PER_US * (1 + last - first):
+        raise ValueError(f"{recording.path}: too many events a us: another unit of time?")
 
 
 def window_ends(frames, spacing_us, first_us):
@@ -516,10 +510,9 @@ def window_ends(frames, spacing_us, first_us):
 
 
 def write_sequence(folder, recording, ends, frames, boxes, downsample):
-    """Write a prepared sequence into a new folder; returns {what: number} about it.
+    """Write a prepared sequence into a new folder.
 
-    ends (N,) us of windows, frames (M,) us of labelled frames, boxes (L,). ValueError: the labels
-    are of another clock.
+    ends (N,) us of windows, frames (M,) us of labelled frames, boxes (L,).
     """
     events = folder / REPRESENTATION
     labels = folder / "labels_v2"
@@ -529,50 +522,31 @@ def write_sequence(folder, recording, ends, frames, boxes, downsample):
     scale = SCALES[downsample]
     shape = (len(ends), CHANNELS, H // scale, W // scale)
     blosc = hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE)
-    empty = 0
     with h5py.File(events / FILES["full" if scale == 1 else "half"], "w") as file:
         data = file.create_dataset(
             "data", shape, "u1", maxshape=(None, *shape[1:]), chunks=(1, *shape[1:]), **blosc)
         for index, window in enumerate(windows(recording, ends)):
             data[index] = histogram(*window, H, W, downsample)
-            if len(window[0]) == 0:
-                empty += 1
-            # The recording is over: no hours of empty windows for labels of another clock.
-            if len(frames) and ends[index] > recording.last_us:
-                check_clocks(recording, frames)
-    if len(frames):
-        check_clocks(recording, frames)
     np.save(events / "timestamps_us.npy", ends)
     np.save(events / "objframe_idx_2_repr_idx.npy", np.searchsorted(ends, frames))
     np.save(labels / "timestamps_us.npy", frames)
     first = np.searchsorted(boxes["t"], frames)
     np.savez(labels / "labels.npz", labels=boxes, objframe_idx_2_label_idx=first)
-    report = {
-        "windows": len(ends),
-        "labelled frames": len(frames),
-        "boxes": len(boxes),
-        "windows empty": empty,
+
+
+def about_times(recording, frames):
+    """{what: number} about the times of a recording, all read, and of labelled frames (M,) us."""
+    about = {
         "labelled frames after the last event": np.count_nonzero(frames > recording.last_us),
         "events off the sensor": recording.outside,
         "events with a damaged time": recording.far,
         "times raised": recording.backwards,
     }
     if len(frames) > 1 and np.diff(frames).min() > SLOW_US:
-        report["us between labels (are all times in nanoseconds?)"] = frames[1] - frames[0]
+        about["us between labels (are all times in nanoseconds?)"] = frames[1] - frames[0]
     if {value > 0 for value in recording.polarities} != {False, True}:
-        report[f"events of one polarity only, p is {recording.polarities}"] = recording.events
-    return report
-
-
-def usable_boxes(path, height, width, options, train):
-    """Boxes (L,) of a label file that are fit for use, {what: number} about it. No path: none."""
-    boxes = np.zeros(0, BOX_DTYPE)
-    if path:
-        boxes = read_labels(path)
-    with reading(path):
-        boxes, about = filter_boxes(
-            boxes, height, width, len(options.class_names), options.box_filter, train)
-    return boxes, about
+        about[f"events of one polarity only, p is {recording.polarities}"] = recording.events
+    return about
 
 
 def prepare_sequence(job):
@@ -588,29 +562,27 @@ def prepare_sequence(job):
     try:
         recording = Recording(files["events"], options.height, options.width)
         size = recording.height, recording.width
-        next(recording.chunks(), None)  # tells when it starts
-        # Labels, and which of their times are labelled frames.
-        boxes, report = usable_boxes(files.get("labels"), *size, options, split == "train")
-        times = np.unique(boxes["t"])  # as in the file; frames come from the joined ones
+        ends = regular_ends(recording)
+        boxes = np.zeros(0, BOX_DTYPE)
+        if "labels" in files:
+            boxes = read_labels(files["labels"])
+        with reading(files.get("labels")):
+            boxes, report = filter_boxes(
+                boxes, *size, len(options.class_names), options.box_filter, split == "train")
+        # Which of the times of labels are labelled frames.
+        times = np.unique(boxes["t"])
+        if recording.events:
+            check_clocks(recording, times)
         boxes["t"] = joined(boxes["t"])
         frames, spacing_us = label_frames(np.unique(boxes["t"]), options.grid_us)
         report["label times left out, or joined"] = len(times) - len(frames)
         boxes = boxes[np.isin(boxes["t"], frames)]
-        # Windows, where these need to know how long the recording is.
-        long = (frames - recording.first_us > MAX_LENGTH_US).any()
-        if len(frames) == 0 or long or too_fast(times):
-            for _ in recording.chunks():
-                pass
-            if len(times):
-                check_clocks(recording, times)
         if len(frames):
             ends = window_ends(frames, spacing_us, recording.first_us)
-        else:
-            ends = np.arange(recording.first_us, recording.last_us, WINDOW_US) + WINDOW_US
-            if recording.events > MAX_EVENTS_PER_US * (1 + recording.last_us - recording.first_us):
-                raise ValueError(f"{recording.path}: too many events a us: another unit of time?")
         if recording.events and len(ends) and (len(frames) or "labels" not in files):
-            report |= write_sequence(partial, recording, ends, frames, boxes, options.downsample)
+            report |= {"windows": len(ends), "labelled frames": len(frames), "boxes": len(boxes)}
+            report |= about_times(recording, frames)
+            write_sequence(partial, recording, ends, frames, boxes, options.downsample)
             final.parent.mkdir(exist_ok=True)
             partial.rename(final)
             outcome = "prepared"
