@@ -395,19 +395,16 @@ def filter_boxes(boxes, height, width, num_classes, box_filter, train):
     finite = np.isfinite(boxes["x"] + boxes["y"] + boxes["w"] + boxes["h"])
     about = {"boxes not finite": np.count_nonzero(~finite)}
     boxes = boxes[finite]
-    right = (boxes["x"] + boxes["w"]) / width
-    lower = (boxes["y"] + boxes["h"]) / height
-    reach = np.maximum(right, lower)
+    x, y, w, h = [boxes[name] for name in "xywh"]  # views: what is written there is in boxes
+    reach = np.maximum((x + w) / width, (y + h) / height)
     about["boxes cropped at right or lower edge"] = np.count_nonzero(reach > 1)
-    could_be_corners = (boxes["w"] > boxes["x"]) & (boxes["h"] > boxes["y"])
+    could_be_corners = (w > x) & (h > y)
     if len(boxes) > 10 and np.mean(reach > 1.1) > 0.5 and could_be_corners.all():
         raise ValueError("most boxes leave the frame: are w and h the other corner, x2 and y2?")
-    for corner, side, limit in (("x", "w", width - 1), ("y", "h", height - 1)):
-        end = np.clip(boxes[corner] + boxes[side], 0, limit)
-        boxes[corner] = np.clip(boxes[corner], 0, limit)
-        boxes[side] = end - boxes[corner]
-    w = boxes["w"]
-    h = boxes["h"]
+    for corner, side, limit in ((x, w, width - 1), (y, h, height - 1)):
+        end = np.clip(corner + side, 0, limit)
+        corner[:] = np.clip(corner, 0, limit)
+        side[:] = end - corner
     unit = 10 if width == 304 else 20 * width / 1280
     limits = {"none": (0, 0), "sides5": (5, 0), "prophesee": (unit, 3 * unit)}
     least, diagonal = limits[box_filter]
