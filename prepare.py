@@ -364,21 +364,19 @@ def read_labels(path):
     """
     renamed = {"ts": "t", "confidence": "class_confidence"}
     what = f"{path} (expected: an array with fields {' '.join(BOX_DTYPE.names)})"
-    with reading(what), np.errstate(invalid="ignore"), open(path, "rb") as file:
-        stored = np.lib.format.read_array(file, allow_pickle=False).ravel()
+    with reading(what), np.errstate(invalid="ignore"):
+        stored = np.load(path).ravel()
         stored.dtype.names = [renamed.get(name, name) for name in stored.dtype.names]
         boxes = np.ones(len(stored), BOX_DTYPE)
         for name in BOX_DTYPE.names:
             if name in stored.dtype.names or name not in ("track_id", "class_confidence"):
                 boxes[name] = stored[name]
-        if len(boxes) == 0:
-            return boxes
         if (boxes["class_id"] != stored["class_id"]).any():
             raise ValueError("a class_id is below 0, or no whole number")
         large = [(boxes[name] > 1).any() for name in "xywh"]
         if (boxes["w"] > 0).any() and not any(large):
             raise ValueError("boxes in fractions of the frame; pixels are needed")
-        turned = unwrapped(boxes["t"], boxes["t"][0])
+        turned = unwrapped(boxes["t"], boxes["t"][:1])
         if (np.diff(turned) >= 0).all():  # else they are in another order, by track say
             boxes["t"] = turned
         return boxes[np.argsort(boxes["t"], kind="stable")]
@@ -426,13 +424,11 @@ def distance(since_us, step_us):
 
 def joined(times):
     """Ascending label times (L,) us; bursts shorter than JITTER_US get the first time of theirs."""
-    starts = np.diff(times, prepend=times[:1]) >= JITTER_US
-    starts[:1] = True
-    ends = np.append(starts[1:], True)[:len(times)]
-    burst = np.cumsum(starts) - 1
-    first = times[starts][burst]
-    last = times[ends][burst]
-    return np.where(last - first < JITTER_US, first, times)
+    times = times.copy()
+    for burst in np.split(times, np.flatnonzero(np.diff(times) >= JITTER_US) + 1):
+        if (burst - burst[:1] < JITTER_US).all():
+            burst[:] = burst[:1]
+    return times
 
 
 def label_frames(times, grid_us):
@@ -447,12 +443,11 @@ def label_frames(times, grid_us):
     gaps = np.diff(times)
     interval = np.median(gaps) if len(gaps) else FRAME_US
     base = grid_us or int(max(1, round(FRAME_US / interval)) * interval)
-    spacing_us = base / 2 if grid_us else base / max(1, round(base / WINDOW_US))
+    spacing_us = base / 2 if grid_us else base / round(base / WINDOW_US)
     hertz = round(1_000_000 / interval)
     grid = interval
     # Where many labels of 60 Hz are missing, the median is two of their intervals.
-    rest = gaps % interval
-    if hertz == 30 and np.mean((rest > JITTER_US) & (rest < interval - JITTER_US)) > 0.1:
+    if hertz == 30 and np.mean(gaps < 0.6 * interval) > 0.1:
         grid = interval / 2
     times = times[times >= FRAME_US].tolist()
     frames = times[:1]
