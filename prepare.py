@@ -80,9 +80,6 @@ DATASETS = {
         "grid_us": 250_000,
     },
     "own": {
-        "height": 0,
-        "width": 0,
-        "class_names": (),
         "box_filter": "none",
         "downsample": "none",
         "grid_us": 0,
@@ -552,6 +549,8 @@ def prepare_sequence(job):
     final = Path(options.dst, split, name)
     outcome = "skipped"
     try:
+        if "events" not in files:
+            raise ValueError(f"no recording beside {files['labels']}")
         recording = Recording(files["events"], options.height, options.width)
         size = recording.height, recording.width
         ends = regular_ends(recording)
@@ -602,13 +601,6 @@ def run_jobs(function, jobs, num_workers):
 # ---- data sets
 
 
-def kind_of(path):
-    """What a file holds: "events", "labels" or ""."""
-    if path.name.endswith("_bbox.npy"):
-        return "labels"
-    return "events" if path.suffix.lower() in READERS else ""
-
-
 def tell_ignored(paths, labelled):
     """Print what is ignored; ValueError if it may be labels, where not all recordings have any."""
     for path in paths:
@@ -619,27 +611,30 @@ def tell_ignored(paths, labelled):
 
 
 def find_sequences(folder):
-    """[(split, name, {"events": path, "labels": path})] in a folder; prints what it ignores.
+    """{(split, name): {"events": path, "labels": path}} of a folder; prints what it ignores.
 
     ValueError: none, two recordings or label files of one name.
     """
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     found = {}
     twins = {}  # recordings by name and size
-    ignored = [path for path in Path(folder).glob("[!.]*") if path.name not in SPLITS]
+    ignored = [path for path in folder.glob("[!.]*") if path.name not in SPLITS]
     for split in SPLITS:
-        for path in sorted(Path(folder, split).glob("[!.]*")):
-            kind = kind_of(path)
-            if kind == "":
+        for path in sorted(folder.glob(f"{split}/[!.]*")):
+            kind = "events"
+            if path.name.endswith("_bbox.npy"):
+                kind = "labels"
+            elif path.suffix.lower() not in READERS:
                 ignored.append(path)
                 continue
             name = path.stem.removesuffix("_bbox").removesuffix(".dat").removesuffix("_td")
             files = found.setdefault((split, name), {})
-            if kind in files:
-                earlier = files[kind]
-                if path.stem.removesuffix(".dat") != earlier.stem.removesuffix(".dat"):
-                    raise ValueError(f"{earlier}, {path}: two of one name; move one away")
+            earlier = files.setdefault(kind, path)
+            if path.stem.removesuffix(".dat") != earlier.stem.removesuffix(".dat"):
+                raise ValueError(f"{earlier}, {path}: two of one name; move one away")
+            if path != earlier:
                 print(f"{earlier} is not used, {path} is")  # one was converted to the other
             files[kind] = path
             size = path.exists() and path.stat().st_size
@@ -652,10 +647,7 @@ def find_sequences(folder):
             "as train/SEQUENCE.h5, its tracks.npy as train/SEQUENCE_bbox.npy, and give "
             "--height=480 --width=640")
     tell_ignored(ignored, all("labels" in files for files in found.values()))
-    # where there is no recording, Recording fails with this text for a path
-    for files in found.values():
-        files.setdefault("events", f"no recording beside {files.get('labels')}")
-    return [(*key, files) for key, files in found.items()]
+    return found
 
 
 def name_classes(names, sequences):
@@ -664,13 +656,13 @@ def name_classes(names, sequences):
     ValueError if ids are counted from 1, so that each would get the name of the one after it.
     """
     ids = set()
-    for _, _, files in sequences:
+    for files in sequences.values():
         with suppress(ValueError, KeyError):  # no labels; those that are damaged are reported later
             ids.update(read_labels(files["labels"])["class_id"].tolist())
     largest = max(ids, default=0)
-    if not names and largest >= MAX_CLASSES:
-        raise ValueError(f"class ids up to {largest}: count them from 0, or name them all")
     if not names:
+        if largest >= MAX_CLASSES:
+            raise ValueError(f"class ids up to {largest}: count them from 0, or name them all")
         return [str(class_id) for class_id in range(largest + 1)]
     if 0 not in ids and largest >= len(names):
         raise ValueError(
@@ -708,7 +700,7 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     prepared otherwise; or, once all others are prepared, files are damaged.
     """
     chosen = {key: value for key, value in changes.items() if value}
-    options = SimpleNamespace(dst=dst, **DATASETS.get(dataset, {}) | chosen)
+    options = SimpleNamespace(**defaults | DATASETS.get(dataset, {}) | chosen | {"dst": dst})
     if dataset not in DATASETS or options.box_filter not in BOX_FILTERS \
             or options.downsample not in SCALES:
         raise ValueError(
@@ -717,10 +709,9 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     sequences = find_sequences(src)
     options.class_names = [str(name) for name in options.class_names]
     check_names(options.class_names)
-    numbered = dataset == "own" and not options.class_names
+    numbered = not options.class_names
     if dataset != "gen4":  # its labels know more classes than are used
-        with reading(src):
-            options.class_names = name_classes(options.class_names, sequences)
+        options.class_names = name_classes(options.class_names, sequences)
     path = Path(dst, "dataset.json")
     about = describe(path, options, numbered)
     # What an interrupted run has left is made from scratch.
@@ -728,8 +719,11 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(path, json.dumps(about))
-    jobs = [(*job, options) for job in sequences if not any(Path(dst, *job[:2]).glob("*"))]
-    counts = Counter()
+    jobs = [
+        (*name, files, options) for name, files in sequences.items()
+        if not any(Path(dst, *name).glob("*"))
+    ]
+    counts = Counter({"there already": len(sequences) - len(jobs)})
     failed = []
     results = run_jobs(prepare_sequence, jobs, num_workers)
     for outcome, line, size in tqdm(results, "prepare", len(jobs), unit="seq"):
@@ -742,9 +736,7 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     shutil.rmtree(partial)
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} failed, the others are done: {failed[0]}")
-    if len(jobs) < len(sequences):
-        counts["there already"] = len(sequences) - len(jobs)
-    return dict(counts)
+    return dict(+counts)  # those above 0
 
 
 def main(argv):
