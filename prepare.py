@@ -10,6 +10,7 @@ Out: DST/{train,val,test}/NAME/{event_representations_v2,labels_v2}/... and DST/
 
 import itertools
 import json
+import math
 import shutil
 import signal
 from collections import Counter
@@ -113,8 +114,8 @@ CAUSES = {
 # ---- recordings
 #
 # A reader is a generator: first (height, width) in px, 0 where the file does not tell, then blocks
-# of events (t int64 us, x, y, p: on where above 0) in the order of the file. Another format takes
-# one such function and one line in READERS.
+# of events (t us, x, y, p: on where above 0) in the order of the file. Another format takes one
+# such function and one line in READERS.
 
 
 def read_rows(column, start):
@@ -148,21 +149,18 @@ def read_h5(path):
     # No lock: network file systems have none. Large chunks fit, so that each is decompressed once.
     with h5py.File(path, "r", locking=False, rdcc_nbytes=1 << 25) as file:
         events = file.get("events", file.get("CD/events", file))
-        numbers = {"height": 0, "width": 0, "t_offset": 0, **file, **file.attrs, **events.attrs}
         table = isinstance(events, h5py.Dataset)
-        if table:
-            names = events.dtype.names or ["a plain array"]
-            columns = [events]
-        else:
-            names = list(events)
-            columns = [events[key] for key in "txyp" if key in events]
-            numbers |= events
+        names = (events.dtype.names or ["a plain array"]) if table else list(events)
         if not set("txyp") <= set(names):
             raise ValueError(f"{events.name} holds {', '.join(names)}; expected t, x, y, p")
+        columns = [events] if table else [events[key] for key in "txyp"]
         if {column.shape for column in columns} != {(len(columns[0]),)}:
             raise ValueError("t, x, y and p are not columns of one length")
-        yield [int(np.asarray(numbers[side]).item()) for side in ("height", "width")]
-        t_offset = int(np.asarray(numbers["t_offset"]).item())
+        told = {"height": 0, "width": 0, "t_offset": 0, **file, **file.attrs, **events.attrs}
+        told |= events.parent if table else events
+        height, width, t_offset = [
+            int(np.asarray(told[key]).item()) for key in ("height", "width", "t_offset")]
+        yield height, width
         for start in range(0, len(columns[0]), BLOCK):
             rows = [read_rows(column, start) for column in columns]
             if table:
@@ -181,14 +179,12 @@ def read_dat(path):
             raise ValueError("not a DAT file of 8-byte events")
         told = dict(zip(words, words[1:]))
         yield int(told.get(b"height", 0)), int(told.get(b"width", 0))
-        if (path.stat().st_size - file.tell()) % 8 > 0:
+        events, rest = divmod(path.stat().st_size - file.tell(), 8)
+        if rest:
             raise ValueError("ends within an event: truncated? Copy or download it again")
-        while True:
-            events = np.fromfile(file, [("t", "<u4"), ("xyp", "<u4")], BLOCK)
-            if events.size == 0:
-                return
-            xyp = events["xyp"].astype(np.int32)
-            yield events["t"].astype(np.int64), xyp & 0x3FFF, xyp >> 14 & 0x3FFF, xyp >> 28 & 1
+        for _ in range(0, events, BLOCK):
+            t, xyp = np.fromfile(file, "<u4", 2 * BLOCK).reshape(-1, 2).T
+            yield t, xyp & 0x3FFF, xyp >> 14 & 0x3FFF, xyp >> 28 & 1
 
 
 def read_faery(path):
@@ -201,7 +197,7 @@ def read_faery(path):
     stream = faery.events_stream_from_file(path, dimensions_fallback=(UNKNOWN, UNKNOWN), **given)
     yield [side % UNKNOWN for side in reversed(stream.dimensions())]  # 0 where unknown
     for events in stream:
-        yield events["t"].astype(np.int64), events["x"], events["y"], events["on"]
+        yield events["t"], events["x"], events["y"], events["on"]
 
 
 READERS = {
@@ -306,7 +302,7 @@ class Recording:
                     raise ValueError("most events lie off the sensor: --height, --width?")
                 if len(t) == 0:
                     continue
-                t = t + self.turns_us
+                t = t.astype(np.int64) + self.turns_us
                 before = self.last_us if self.events else t[0]
                 jumps = np.diff(t, prepend=before)
                 # Most blocks are in order as they are.
@@ -414,11 +410,6 @@ def filter_boxes(boxes, height, width, num_classes, box_filter, train):
     return boxes[np.all([*fine.values()], axis=0)], about
 
 
-def distance(since_us, step_us):
-    """How far a time is from a whole number of steps."""
-    return abs(since_us - round(since_us / step_us) * step_us)
-
-
 def joined(times):
     """Ascending label times (L,) us; bursts shorter than JITTER_US get the first time of theirs."""
     times = times.copy()
@@ -450,8 +441,8 @@ def label_frames(times, grid_us):
     frames = times[:1]
     for time in times[1:]:
         since = time - frames[-1]
-        in_phase = since > JITTER_US and distance(since, base) <= JITTER_US
-        on_grid = hertz in (30, 60) and distance(since, grid) <= JITTER_US
+        in_phase = since > JITTER_US and abs(math.remainder(since, base)) <= JITTER_US
+        on_grid = hertz in (30, 60) and abs(math.remainder(since, grid)) <= JITTER_US
         late_enough = since > FRAME_US - min(interval, FRAME_US) / 2
         if in_phase or (late_enough and not on_grid):
             frames.append(time)
@@ -509,11 +500,11 @@ def write_sequence(folder, recording, ends, frames, boxes, downsample):
     labels.mkdir()
     H, W = recording.height, recording.width
     scale = SCALES[downsample]
-    shape = (len(ends), CHANNELS, H // scale, W // scale)
-    blosc = hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE)
+    frame = (CHANNELS, H // scale, W // scale)
+    blosc = hdf5plugin.Blosc(cname="zstd", clevel=1)
     with h5py.File(events / FILES["full" if scale == 1 else "half"], "w") as file:
         data = file.create_dataset(
-            "data", shape, "u1", maxshape=(None, *shape[1:]), chunks=(1, *shape[1:]), **blosc)
+            "data", (len(ends), *frame), "u1", maxshape=(None, *frame), chunks=(1, *frame), **blosc)
         for index, window in enumerate(windows(recording, ends)):
             data[index] = histogram(*window, H, W, downsample)
     np.save(events / "timestamps_us.npy", ends)
