@@ -136,9 +136,9 @@ def read_rows(column, start):
 
 def whole(pixels):
     """Coordinates (n,) as integers that hold them. ValueError: fractions."""
-    if pixels.dtype.kind == "f" and (pixels % 1 > 0).any():
+    if (pixels % 1 > 0).any():
         raise ValueError("x or y has fractions; give whole pixels")
-    return pixels.astype(np.int32 if pixels.dtype.itemsize < 4 else np.int64)
+    return pixels.astype(np.int64)
 
 
 def read_h5(path):
@@ -559,9 +559,9 @@ def prepare_sequence(job):
         frames, spacing_us = label_frames(np.unique(boxes["t"]), options.grid_us)
         report["label times left out, or joined"] = len(times) - len(frames)
         boxes = boxes[np.isin(boxes["t"], frames)]
-        if len(frames):
-            ends = window_ends(frames, spacing_us, recording.first_us)
-        if recording.events and len(ends) and (len(frames) or "labels" not in files):
+        if len(ends) and (len(frames) or "labels" not in files):
+            if len(frames):
+                ends = window_ends(frames, spacing_us, recording.first_us)
             report |= {"windows": len(ends), "labelled frames": len(frames), "boxes": len(boxes)}
             report |= about_times(recording, frames)
             write_sequence(partial, recording, ends, frames, boxes, options.downsample)
@@ -695,8 +695,8 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     if dataset not in DATASETS or options.box_filter not in BOX_FILTERS \
             or options.downsample not in SCALES:
         raise ValueError(
-            f"{dataset=}, {chosen}: expected a dataset of {', '.join(DATASETS)}, a box_filter of "
-            f"{', '.join(BOX_FILTERS)}, a downsample of {', '.join(SCALES)}")
+            f"{dataset=}, {chosen}: expected a dataset of {list(DATASETS)}, a box_filter of "
+            f"{BOX_FILTERS}, a downsample of {list(SCALES)}")
     sequences = find_sequences(src)
     options.class_names = [str(name) for name in options.class_names]
     check_names(options.class_names)
