@@ -10,9 +10,11 @@ Out: in out_dir a run of train.py for each arm and seed, with its scores; table.
 """
 
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import redirect_stdout
+from multiprocessing import active_children, get_context
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +25,7 @@ import detect
 import train
 from checkpoint import load_detector
 from configurator import command_line, configure
-from data import open_split
+from data import load_classes, open_split
 from formats import reading, write
 from pictures import draw_differences
 from simulate import ensure_toy
@@ -70,16 +72,19 @@ def run(config, resamples):
 
     First the scores of the test split, then those of as many sequences drawn from it. The draws are
     the same for all runs, so that differences between arms can be taken draw by draw. ValueError,
-    naming the run, if it fails.
+    naming the run, if its training fails.
     """
     out = config.out_dir
     path = f"{out}/scores_{resamples}.npy"
     if os.path.exists(path):
         return np.load(path)
-    sequences = open_split(config.data_dir, "test")  # here, so that a missing one costs no training
-    with reading(out):
+    # here, so that a missing or faulty split costs no training
+    names = load_classes(config.data_dir, (), 0)
+    sequences = open_split(config.data_dir, "test", len(names))
+    with reading(out), redirect_stdout(None):  # several runs would speak at once
         if os.path.exists(f"{out}/ckpt.pt"):
-            status = train.resume(out, [f"--device={config.device}"])
+            own = [f"--data_dir={config.data_dir}", f"--device={config.device}"]
+            status = train.resume(out, own)
         else:
             status = train.train(config)
     if status:  # stopped by a signal
@@ -131,7 +136,8 @@ def measure(config, name, steps):
     with ProcessPoolExecutor(
         config.seeds, get_context("spawn"), torch.set_num_threads, (threads,)
     ) as pool:
-        scores = list(pool.map(run, runs, [config.resamples] * config.seeds))
+        with reading(f"{name}, {steps} steps"):  # a process that died for want of memory, say
+            scores = list(pool.map(run, runs, [config.resamples] * config.seeds))
 
     out = runs[0].out_dir
     model = load_detector(f"{out}/ckpt.pt")
@@ -154,8 +160,17 @@ def intervals(scores):
     return value.mean(0), *np.percentile(means, (2.5, 97.5), axis=0)
 
 
+def stop_runs(number, frame):
+    """Pass a signal on: runs save and leave, which ends this process, too."""
+    for process in active_children():
+        process.terminate()
+
+
 def main(argv):
     config = SimpleNamespace(**configure(defaults, argv))
+    if min(config.steps, config.seeds, config.resamples) < 1:
+        raise ValueError("steps, seeds and resamples are 1 or more")
+    signal.signal(signal.SIGTERM, stop_runs)
     if config.data_dir == defaults["data_dir"]:  # here, since several runs would make it at once
         ensure_toy(config.data_dir)
     lines = [
@@ -169,6 +184,7 @@ def main(argv):
     todo = [(name, name, config.steps) for name in ARMS]
     while todo:
         title, name, steps = todo.pop(0)
+        print(f"{title}: {steps} steps")
         scores[title], (size, flops, seconds) = measure(config, name, steps)
         if title == BASELINE:
             baseline_flops = flops

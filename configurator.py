@@ -16,7 +16,7 @@ from formats import reading
 
 
 def parse(text, want):
-    """The value that a text on a command line stands for, of the type `want` if it fits.
+    """The value that a text on a command line stands for; value_of sees whether it is a `want`.
 
     Where a tuple is wanted "1,2,3", "(1,2,3)" and "car,bike" are lists, "3" alone is a list of one.
     """
@@ -26,7 +26,7 @@ def parse(text, want):
     if want is bool:
         literal = text.title()
     if want is tuple:
-        literal = f"[{text.strip('()[]')}]"
+        literal = f"[{text.strip('()[] ')}]"
     try:
         return ast.literal_eval(literal)
     except (ValueError, SyntaxError):
@@ -70,8 +70,10 @@ def configure(defaults, argv):
         if not word.startswith("--"):
             if not word.endswith(".py"):
                 raise ValueError(f"{word}: no config NAME.py (options are --KEY=VALUE)")
+            with reading(f"{word}: this config fails"):
+                names = runpy.run_path(word, config)
             with reading(word):
-                for key, value in runpy.run_path(word, config).items():
+                for key, value in names.items():
                     if not key.startswith("_"):
                         config[key] = value_of(key, value, defaults)
             continue

@@ -1,8 +1,9 @@
 """A checkpoint and a recording -> an annotated video, and the detections as a file.
 
 In: a checkpoint and a recording of any format that prepare.py reads, or a prepared sequence's
-folder; it is streamed in windows of 50 ms, state carried, in memory that grows by the detections
-only. Out: a GIF or an mp4 (imageio-ffmpeg), and with --boxes the detections in Prophesee's format.
+folder; it is read whole to check it, then streamed in windows of 50 ms, state carried, in memory
+that grows by the detections only. Out: a GIF or an mp4 (imageio-ffmpeg), and with --boxes the
+detections in Prophesee's format.
 
     python demo.py --ckpt out/ckpt.pt --recording drive.raw --out drive.gif --boxes drive_bbox.npy
 """

@@ -125,7 +125,7 @@ def candidate_anchors(grid, targets):
     first = (grid[:, 2] < stride).sum(1)  # (P,), A where the pyramid has no such level
     size = ((grid[:, :2] + 1) * grid[:, 2:]).amax(0) // stride  # (P, 2)
 
-    # the anchors there that are near enough, A for none
+    # the anchors there that are near enough, A for none; absent levels have larger numbers
     middle = targets[:, :, None, 1:3]  # (N, M, 1, 2)
     cell = (middle / stride).floor() + probe[:, 1:]  # (N, M, P, 2)
     centre = (cell + 0.5) * stride
@@ -228,13 +228,13 @@ def focal_loss(logits, onehot):
     return alpha * (onehot - logits.sigmoid()) ** 2 * cross_entropy
 
 
-def detection_loss(prediction, targets, size_aware=SizeAware()):
+def detection_loss(prediction, targets, size_aware=None):
     """Training losses of a batch of frames, in float32 as a Detector's predictions are.
 
     No operator here computes in another type under autocast.
     prediction: box_cxcywh (N, A, 4) pixels, obj (N, A) and cls (N, A, K) logits, grid (A, 3)
     targets (N, M, 5): class, cx, cy, w, h in pixels; rows of zeros are padding
-    size_aware: SizeAware; with its size_aware_loss off this is the plain loss
+    size_aware: SizeAware; None, or size_aware_loss off, is the plain loss
     -> dict of scalars: loss = iou + obj + cls, each summed and divided by the matched anchors of
     the batch; num_fg = these per box, for the log. Without any box the divisor is 1 and only the
     objectness is trained. Weights act on the IoU term ("iou") and on a focal class term in place
@@ -256,7 +256,7 @@ def detection_loss(prediction, targets, size_aware=SizeAware()):
     quality = onehot * found.iou[..., None]
     cls = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
     cls = cls.sum(-1)
-    if size_aware.size_aware_loss:
+    if size_aware is not None and size_aware.size_aware_loss:
         weight = size_aware.weights(area_of(target[..., 3:]))
         if "iou" in size_aware.size_aware_terms:
             iou = weight * iou

@@ -242,9 +242,9 @@ def far_off(t):
 class Recording:
     """A recording on disk: path, height, width in px (as given, where the file does not tell).
 
-    While chunks() is read: events, how many; first_us, last_us, their times; outside, dropped for
-    not being on the sensor; far, dropped for a damaged time; backwards, whose time was raised to
-    the running maximum; polarities, the extremes of p.
+    While chunks() is read, as by read(): events, how many; first_us, last_us, their times; outside,
+    dropped for not being on the sensor; far, dropped for a damaged time; backwards, whose time was
+    raised to the running maximum; polarities, the extremes of p.
     ValueError in one line: unknown format, no such file, unreadable, unknown size, no package.
     """
 
@@ -315,22 +315,26 @@ class Recording:
                 self.polarities |= {p.min().item(), p.max().item()}
                 yield t, x, y, p
 
+    def read(self):
+        """Read all of it, which checks and counts it."""
+        for _ in self.chunks():
+            pass
+
 
 def regular_ends(recording):
-    """Ends (N,) us of windows from the first event on until the last is out; reads all of it."""
-    for _ in recording.chunks():
-        pass
-    return np.arange(recording.first_us, recording.last_us, WINDOW_US) + WINDOW_US
+    """Ends (N,) us of windows from the first event on until the last is out, once all are read."""
+    return np.arange(recording.first_us + WINDOW_US, recording.last_us + WINDOW_US, WINDOW_US)
 
 
 def windows(recording, ends_us=None):
     """Yield the events (t, x, y, p) of each window [end - WINDOW_US, end], both ends included.
 
     ends_us: ascending window ends, which may overlap, leave gaps or lie beyond the recording; None:
-    regular_ends. Empty windows are four empty arrays. In memory: the events of a window and of a
-    block.
+    regular_ends, for which the recording is read twice. Empty windows are four empty arrays. In
+    memory: the events of a window and of a block.
     """
     if ends_us is None:
+        recording.read()
         ends_us = regular_ends(recording)
     never = [np.array([np.iinfo(np.int64).max])] * 4  # an event after all windows
     chunks = itertools.chain(recording.chunks(), [never])
@@ -357,8 +361,8 @@ def read_labels(path):
     """
     renamed = {"ts": "t", "confidence": "class_confidence"}
     what = f"{path} (expected: an array with fields {' '.join(BOX_DTYPE.names)})"
-    with reading(what), np.errstate(invalid="ignore"):
-        stored = np.load(path).ravel()
+    with reading(what), np.errstate(invalid="ignore"), open(path, "rb") as file:
+        stored = np.lib.format.read_array(file).ravel()
         stored.dtype.names = [renamed.get(name, name) for name in stored.dtype.names]
         boxes = np.ones(len(stored), BOX_DTYPE)
         for name in BOX_DTYPE.names:
@@ -449,17 +453,18 @@ def label_frames(times, grid_us):
     return np.array(frames, np.int64), spacing_us
 
 
-def check_clocks(recording, times):
+def check_clocks(recording, times, frames):
     """ValueError if events, all read, and labels at times (L,) us seem to be of different clocks.
 
-    They are if most labels lie outside the recording, one ends 300 times as late as the other, or
-    many labels follow one another faster than FAST_US, except for the boxes of a single frame. Or
-    if there are more events than microseconds can hold.
+    They are if most labelled frames (M,) us, or else labels, lie outside the recording, one ends
+    300 times as late as the other, or many labels follow one another faster than FAST_US, except
+    for the boxes of a single frame. Or if there are more events than microseconds can hold.
     """
     first = recording.first_us
     last = recording.last_us
     if len(times):
-        inside = np.mean((times >= first) & (times <= last + WINDOW_US))
+        seen = frames if len(frames) else times
+        inside = np.mean((seen >= first) & (seen <= last + WINDOW_US))
         magnitude = np.log10(max(last, 1) / max(times[-1], 1))
         fast = len(times) > 10 and np.diff(times).max() < FAST_US
         one_frame = np.ptp(times) < JITTER_US and times[0] >= FRAME_US
@@ -544,7 +549,6 @@ def prepare_sequence(job):
             raise ValueError(f"no recording beside {files['labels']}")
         recording = Recording(files["events"], options.height, options.width)
         size = recording.height, recording.width
-        ends = regular_ends(recording)
         boxes = np.zeros(0, BOX_DTYPE)
         if "labels" in files:
             boxes = read_labels(files["labels"])
@@ -553,13 +557,15 @@ def prepare_sequence(job):
                 boxes, *size, len(options.class_names), options.box_filter, split == "train")
         # Which of the times of labels are labelled frames.
         times = np.unique(boxes["t"])
-        if recording.events:
-            check_clocks(recording, times)
         boxes["t"] = joined(boxes["t"])
         frames, spacing_us = label_frames(np.unique(boxes["t"]), options.grid_us)
         report["label times left out, or joined"] = len(times) - len(frames)
         boxes = boxes[np.isin(boxes["t"], frames)]
-        if len(ends) and (len(frames) or "labels" not in files):
+        recording.read()
+        if recording.events:
+            check_clocks(recording, times, frames)
+        if recording.first_us < recording.last_us and (len(frames) or "labels" not in files):
+            ends = regular_ends(recording)
             if len(frames):
                 ends = window_ends(frames, spacing_us, recording.first_us)
             report |= {"windows": len(ends), "labelled frames": len(frames), "boxes": len(boxes)}
@@ -702,7 +708,8 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     check_names(options.class_names)
     numbered = not options.class_names
     if dataset != "gen4":  # its labels know more classes than are used
-        options.class_names = name_classes(options.class_names, sequences)
+        with reading(src):
+            options.class_names = name_classes(options.class_names, sequences)
     path = Path(dst, "dataset.json")
     about = describe(path, options, numbered)
     # What an interrupted run has left is made from scratch.
