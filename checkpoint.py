@@ -59,7 +59,7 @@ def load_weights(model, weights, where, new_classes=False):
     """Copy a state dict into `model`; ValueError names what is missing, left over or misshapen.
 
     new_classes: where nothing but the class layers does not fit, for they have another number of
-    classes, these stay as they are in `model`, and a line says so.
+    classes or are left out, these stay as they are in `model`, and a line says so.
     """
     own = model.state_dict()
     fitting = {}

@@ -796,6 +796,21 @@ def test_train_refuses_weights_of_another_architecture(traffic, tmp_path):
         trained(traffic, tmp_path / "out", f"--init_from={tmp_path}/a.pt", "--embed_dim=32")
 
 
+def test_train_starts_class_layers_anew_where_as_many_classes_have_other_names(tmp_path, capsys):
+    for split in ("train", "val"):
+        make_set(tmp_path, [[2, 3]], split, length=5)
+    options = ["--num_classes=2", "--max_steps=1", "--learning_rate=1e-12"]
+    start = trained(tmp_path, tmp_path / "a", *options, "--class_names=car,bike")["model"]
+    options += ["--seed=1", f"--init_from={tmp_path}/a/ckpt.pt"]
+    for names, kept in (("car,bike", True), ("bike,car", False)):
+        capsys.readouterr()
+        own = trained(tmp_path, tmp_path / names, *options, f"--class_names={names}")["model"]
+        assert ("class layers start from scratch" in capsys.readouterr().out) != kept
+        class_weight, box_weight = (f"heads.0.{part}_pred.weight" for part in ("cls", "reg"))
+        assert torch.allclose(own[class_weight], start[class_weight], atol=1e-6) == kept
+        torch.testing.assert_close(own[box_weight], start[box_weight])
+
+
 @pytest.mark.parametrize("kind", ["longer", "shorter", "of stride 0"])
 def test_moments_of_another_shape_in_a_checkpoint_cannot_crash_the_optimizer(
         kind, traffic, tmp_path):

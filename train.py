@@ -565,6 +565,9 @@ def train(config, checkpoint=None):
         run.restore(checkpoint)
     elif config.init_from != "scratch":
         weights = read_weights(config.init_from)
+        trained = read_checkpoint(config.init_from).get("config", {})
+        if trained.get("class_names", run.names) != run.names:  # as many, perhaps, but others
+            weights = {name: x for name, x in weights.items() if ".cls_pred." not in name}
         load_weights(run.model, weights, config.init_from, new_classes=True)
     if run.rank == 0:
         again = f"# python train.py {out}/config.py --out_dir=ANOTHER\n"
