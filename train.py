@@ -500,6 +500,14 @@ class Run:
         if self.log:
             draw_curves(f"{self.config.out_dir}/curves.png", self.log)
 
+    def start_from(self, path):
+        """Take the weights of a checkpoint, those of the class layers only for the same classes."""
+        weights = read_weights(path)
+        trained = read_checkpoint(path).get("config", {})
+        if trained.get("class_names", self.names) != self.names:  # as many, perhaps, but others
+            weights = {name: x for name, x in weights.items() if ".cls_pred." not in name}
+        load_weights(self.model, weights, path, new_classes=True)
+
     def restore(self, checkpoint):
         """Go on from where `checkpoint` was saved."""
         load_weights(self.model, checkpoint["model"], self.config.out_dir)
@@ -564,11 +572,7 @@ def train(config, checkpoint=None):
     if checkpoint:
         run.restore(checkpoint)
     elif config.init_from != "scratch":
-        weights = read_weights(config.init_from)
-        trained = read_checkpoint(config.init_from).get("config", {})
-        if trained.get("class_names", run.names) != run.names:  # as many, perhaps, but others
-            weights = {name: x for name, x in weights.items() if ".cls_pred." not in name}
-        load_weights(run.model, weights, config.init_from, new_classes=True)
+        run.start_from(config.init_from)
     if run.rank == 0:
         again = f"# python train.py {out}/config.py --out_dir=ANOTHER\n"
         write(f"{out}/config.py", again + dump(vars(config)))
