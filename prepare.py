@@ -253,6 +253,8 @@ class Recording:
         self.reader = READERS.get(self.path.suffix.lower())
         if self.reader is None:
             raise ValueError(f"{path}: unknown format; known are {' '.join(READERS)}")
+        if not self.path.is_file():
+            raise ValueError(f"{path}: no such file")
         with reading(path):
             told = list(next(self.reader(self.path)))
         self.height, self.width = told if all(told) else (height, width)

@@ -1359,11 +1359,13 @@ def test_read_h5_takes_no_lock_on_the_file(tmp_path):
     np.testing.assert_array_equal(got, columns)
 
 
-def test_read_faery_names_the_package_where_it_is_missing(tmp_path, monkeypatch):
+def test_read_faery_names_the_package_or_file_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faery", None)
     (tmp_path / "a.raw").write_bytes(b"% evt 3.0\n")
     with pytest.raises(ValueError, match="a.raw.*pip install faery"):
         Recording(tmp_path / "a.raw", 720, 1280)
+    with pytest.raises(ValueError, match="b.raw: no such file"):
+        Recording(tmp_path / "b.raw", 720, 1280)
 
 
 def test_a_dat_file_that_ends_within_an_event_is_refused(tmp_path):
