@@ -11,7 +11,6 @@ Out: in out_dir a run of train.py for each arm and seed, with its scores; table.
 
 import os
 import signal
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from multiprocessing import active_children, get_context
@@ -87,8 +86,8 @@ def run(config, resamples):
             status = train.resume(out, own)
         else:
             status = train.train(config)
-    if status:  # stopped by a signal
-        sys.exit(status)
+    if status:  # stopped by a signal; a pool would wait for what sys.exit leaves
+        os._exit(status)
     device, _ = train.resolve_device(config)
     model = load_detector(f"{out}/ckpt.pt").to(device)
     # each sequence alone, as a draw may hold it more than once
@@ -161,9 +160,13 @@ def intervals(scores):
 
 
 def stop_runs(number, frame):
-    """Pass a signal on: runs save and leave, which ends this process, too."""
-    for process in active_children():
+    """Pass a signal on, leave once the runs have saved and left."""
+    runs = active_children()
+    for process in runs:
         process.terminate()
+    for process in runs:
+        process.join()
+    os._exit(128 + number)
 
 
 def main(argv):
