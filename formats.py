@@ -87,17 +87,17 @@ def histogram(t, x, y, p, height, width, downsample="none"):
     and columns (nearest-exact), "sum" adds 2x2 pixels; both halve height and width, rounded down.
     Bins are RVT's to the bit, hence float32; RVT counts in uint8 and wraps at 256, this saturates.
     """
-    scale = SCALES[downsample]
-    H = height // scale
-    W = width // scale
+    H = height // SCALES[downsample]
+    W = width // SCALES[downsample]
     counts = np.zeros((CHANNELS, H, W), np.uint8)
     t = t - t[:1]
     duration = float(t.max(initial=1))
     if downsample == "nearest":
         keep = np.flatnonzero(x & y & 1)
-    else:
-        keep = np.flatnonzero((x < scale * W) & (y < scale * H))
-    t, x, y, p = t[keep], x[keep] // scale, y[keep] // scale, p[keep]
+    elif downsample == "sum":
+        keep = np.flatnonzero((x < 2 * W) & (y < 2 * H))
+    if downsample != "none":
+        t, x, y, p = t[keep], x[keep] >> 1, y[keep] >> 1, p[keep]
     channel = np.minimum(t.astype(np.float32) / duration * BINS, BINS - 1).astype(np.int32)
     channel += (p > 0) * np.int32(BINS)
     # Most pixels are empty, so that sorting is faster than np.bincount.

@@ -135,10 +135,10 @@ def read_rows(column, start):
 
 
 def whole(pixels):
-    """Coordinates (n,) as integers that hold them. ValueError: fractions."""
-    if (pixels % 1 > 0).any():
+    """Coordinates (n,) as integers, of 4 bytes where they fit. ValueError: fractions."""
+    if pixels.dtype.kind == "f" and (pixels % 1 > 0).any():
         raise ValueError("x or y has fractions; give whole pixels")
-    return pixels.astype(np.int64)
+    return pixels.astype(np.int32 if pixels.dtype.itemsize < 4 else np.int64)
 
 
 def read_h5(path):
@@ -184,6 +184,7 @@ def read_dat(path):
             raise ValueError("ends within an event: truncated? Copy or download it again")
         for _ in range(0, events, BLOCK):
             t, xyp = np.fromfile(file, "<u4", 2 * BLOCK).reshape(-1, 2).T
+            xyp = xyp.astype(np.int32)
             yield t, xyp & 0x3FFF, xyp >> 14 & 0x3FFF, xyp >> 28 & 1
 
 
@@ -567,9 +568,10 @@ def prepare_sequence(job):
         if recording.events:
             check_clocks(recording, times, frames)
         if recording.first_us < recording.last_us and (len(frames) or "labels" not in files):
-            ends = regular_ends(recording)
             if len(frames):
                 ends = window_ends(frames, spacing_us, recording.first_us)
+            else:
+                ends = regular_ends(recording)
             report |= {"windows": len(ends), "labelled frames": len(frames), "boxes": len(boxes)}
             report |= about_times(recording, frames)
             write_sequence(partial, recording, ends, frames, boxes, options.downsample)
