@@ -121,9 +121,8 @@ def our_name(name):
     return re.sub(r"yolox_head\.(\w+)\.(\d+)", r"heads.\2.\1", name)
 
 
-def read_weights(path):
-    """Weights of a checkpoint, ours or RVT's, under our names. ValueError as in read_checkpoint."""
-    found = read_checkpoint(path)
+def weights_of(found):
+    """Weights of a checkpoint that was read, ours or RVT's, under our names."""
     if "state_dict" not in found:
         return found["model"]
     weights = {}
@@ -143,7 +142,7 @@ def load_rvt(path, **overrides):
     load_weights.
     """
     with reading(f"{path}: no checkpoint of RVT, or not all of its weights"):
-        weights = read_weights(path)
+        weights = weights_of(read_checkpoint(path))
         depth = 0
         while f"fpn.top_down.0.m.{depth}.0.conv.weight" in weights:
             depth += 1

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data
 import detect
-from checkpoint import load_weights, read_checkpoint, read_weights
+from checkpoint import load_weights, read_checkpoint, weights_of
 from configurator import command_line, configure, dump
 from data import Augmentation, TrainData
 from formats import reading, write
@@ -502,8 +502,9 @@ class Run:
 
     def start_from(self, path):
         """Take the weights of a checkpoint, those of the class layers only for the same classes."""
-        weights = read_weights(path)
-        trained = read_checkpoint(path).get("config", {})
+        found = read_checkpoint(path)
+        weights = weights_of(found)
+        trained = found.get("config", {})
         if trained.get("class_names", self.names) != self.names:  # as many, perhaps, but others
             weights = {name: x for name, x in weights.items() if ".cls_pred." not in name}
         load_weights(self.model, weights, path, new_classes=True)
