@@ -1,8 +1,8 @@
 """The notes' experiments at the toy's size -> which of them help, with intervals.
 
 In:  configs/toy.py, and what BASE and the experiments' configs change in it. All arms take equal
-     steps, batches in one order, one learning rate; each runs once for every seed. An arm that
-     costs far more than the baseline runs again, with as many steps as cost what the baseline's do.
+     steps, batches in one order, one learning rate; each runs once for every seed. For an arm that
+     costs far more than the baseline, the baseline runs again with steps that cost as much.
 Out: in out_dir a run of train.py for each arm and seed, with its scores; table.md and table.png.
      What is done is kept: a second call goes on.
 
@@ -54,7 +54,7 @@ ARMS = (
 TESTED = ("patch_size", "fpn_stages", "size_aware_loss", "size_aware_weight",
           "small_object_attention")
 BASELINE = "baseline_3scale"
-COSTLY = 2  # times the baseline: such an arm also runs at equal compute
+COSTLY = 2  # times the baseline's GFLOP: such an arm meets a baseline of equal compute, too
 
 # Octaves of box sizes, by the square root of the area in pixels: smallest and largest area.
 SIZES = {
@@ -183,7 +183,7 @@ def main(argv):
     scores = {}
     differences = []
 
-    # all arms with equal steps, then the costly ones with equal compute: (title, arm, steps)
+    # all arms with equal steps, then baselines of equal compute: (title, arm, steps)
     todo = [(name, name, config.steps) for name in ARMS]
     while todo:
         title, name, steps = todo.pop(0)
@@ -192,8 +192,8 @@ def main(argv):
         if title == BASELINE:
             baseline_flops = flops
         ratio = flops / baseline_flops
-        if title == name and ratio > COSTLY:
-            todo.append((f"{name}, equal compute", name, max(round(steps / ratio), 1)))
+        if ratio > COSTLY:
+            todo.append((f"{BASELINE}, cost of {name}", BASELINE, round(steps * ratio)))
         change = intervals(scores[title] - scores[BASELINE])
         differences.append(change)
         line = f"| {title} | {steps} | {size:.2f} | {flops:.2f} | {seconds:.2f} |"
