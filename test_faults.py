@@ -549,6 +549,14 @@ def test_data_main_finds_what_training_would_fail_on(tmp_path, capsys):
     assert cut.startswith(f"FINDING: {tmp_path}/test/s1: ")
 
 
+def test_data_main_finds_splits_whose_frames_differ_in_size(tmp_path, capsys):
+    make_set(tmp_path, [[1]])
+    make_set(tmp_path, [[1]], "val", hw=(48, 32))
+    with pytest.raises(ValueError, match="training would fail, findings: 1"):
+        data.main([str(tmp_path)])
+    assert "FINDING: the splits' frames differ in size: {'train': " in capsys.readouterr().out
+
+
 def test_data_main_warns_where_its_picture_cannot_be_written(tmp_path, capsys):
     make_set(tmp_path, [[1]], length=3)
     (tmp_path / "file").touch()
@@ -1433,6 +1441,15 @@ def test_chunks_refuse_events_that_are_out_of_order(order, tmp_path):
         read_times(tmp_path / "a_td.h5", t[np.argsort(order(t), kind="stable")])
 
 
+@pytest.mark.parametrize("block", [5, 80])
+def test_chunks_refuse_large_disorder_also_in_small_blocks(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    t = some_events(2000, 1_900_000)[0]
+    swapped = np.concatenate([t[:500], t[1000:1500], t[500:1000], t[1500:]])
+    with pytest.raises(ValueError, match="a_td.h5: events are out of order.*sort them"):
+        read_times(tmp_path / "a_td.h5", swapped)
+
+
 def test_chunks_drop_and_count_events_off_the_sensor(tmp_path):
     t, x, y, p = some_events(300, 60_000)
     x[[3, 7]] = 64
@@ -1440,7 +1457,7 @@ def test_chunks_drop_and_count_events_off_the_sensor(tmp_path):
     recording = Recording(write_h5(tmp_path / "a_td.h5", t, x, y, p))
     assert sum(len(chunk[0]) for chunk in recording.chunks()) == 297 and recording.outside == 3
     wrong = Recording(write_h5(tmp_path / "b_td.h5", t, x + 100, y, p))
-    with pytest.raises(ValueError, match="b_td.h5.*most events lie off the sensor"):
+    with pytest.raises(ValueError, match="b_td.h5.*many events lie off the sensor"):
         list(wrong.chunks())
 
 
@@ -1459,11 +1476,23 @@ def test_check_clocks_refuses_events_and_labels_of_different_clocks(
         prepare.prepare(raw, tmp_path / "out")
 
 
-def test_prepare_refuses_seconds_without_labels(tmp_path):
+def test_prepare_refuses_seconds_without_labels_and_questions_milliseconds(tmp_path, capsys):
     t, *others = some_events(20_000, 2_000_000)
     raw = raw_set(tmp_path / "raw", events=(t / 1e6, *others))
     with pytest.raises(ValueError, match="a_td.h5: too many events a us"):
         prepare.prepare(raw, tmp_path / "out")
+    raw_set(raw, events=(t // 1000, *others))
+    prepare.prepare(raw, tmp_path / "out")
+    assert "1999 us long in all (are times in microseconds?)" in capsys.readouterr().out
+
+
+def test_prepare_tells_of_labelled_frames_before_and_after_all_events(tmp_path, capsys):
+    t, *others = some_events(2_000, 1_000_000)
+    raw_set(tmp_path / "raw", some_labels(GRID_US[:17]), (t + 550_000, *others))
+    prepare.prepare(tmp_path / "raw", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "5 labelled frames before the first event, " in said
+    assert "2 labelled frames after the last event" in said
 
 
 @pytest.mark.parametrize("change, words", [
@@ -1488,11 +1517,12 @@ def test_read_labels_names_the_fields_that_it_expects(tmp_path):
             read_labels(tmp_path / "c_bbox.npy")
 
 
-def test_name_classes_makes_numbers_names_and_refuses_ids_from_one(tmp_path):
+def test_name_classes_makes_numbers_names_and_refuses_ids_from_one(tmp_path, capsys):
     raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:6], class_id=[1, 2, 3] * 2))
     with pytest.raises(ValueError, match="class ids .1, 2, 3.*0 to 2: a, b, c"):
         prepare.prepare(raw, tmp_path / "out", class_names=("a", "b", "c"))
     prepare.prepare(raw, tmp_path / "out", class_names=(10, 20, 30, 40))
+    assert "no boxes of 10\n" in capsys.readouterr().out
     about = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert about["classes"] == ["10", "20", "30", "40"]
 
@@ -1561,7 +1591,9 @@ def test_prepare_resumes_and_an_interrupted_run_leaves_no_half_sequence(tmp_path
     (dict(class_id=-1), "a_bbox.npy.*a class_id is below 0, or no whole number"),
     (dict(class_id=0.7), "a_bbox.npy.*a class_id is below 0, or no whole number"),
     (dict(class_id=4e9), "class ids up to 4000000000: count them from 0"),
-    (dict(x=0.1, y=0.2, w=0.3, h=0.2), "a_bbox.npy.*boxes in fractions of the frame")])
+    (dict(t=math.nan), "a_bbox.npy.*a time is not finite"),
+    (dict(x=0.1, y=0.2, w=0.3, h=0.2), "a_bbox.npy.*boxes in fractions of the frame"),
+    (dict(x=0.1, y=0.2, w=[0.3, 1.2, 0], h=0.2), "a_bbox.npy.*boxes in fractions of the frame")])
 def test_prepare_refuses_class_ids_and_boxes_that_are_none(change, words, tmp_path):
     labels = some_labels(GRID_US[:3])
     labels = labels.astype([(name, "f8") for name in labels.dtype.names])
@@ -1599,13 +1631,14 @@ def test_prepare_refuses_ids_from_1_of_every_data_set_that_has_no_others(
         assert prepare.prepare(raw, tmp_path / "out", dataset) == {"prepared": 1}
 
 
-@pytest.mark.parametrize("scale, refused", [(1e-3, True), (1e-6, True), (1, False)])
-def test_prepare_refuses_events_and_labels_that_share_another_unit(scale, refused, tmp_path):
+@pytest.mark.parametrize("scale, zero, refused", [
+    (1e-3, 0, True), (1e-6, 0, True), (1, 0, False), (1e-6, 1_700_000_000, True)])
+def test_prepare_refuses_events_and_labels_that_share_another_unit(scale, zero, refused, tmp_path):
     t, *others = some_events(20_000, 20_000_000)
     labels = some_labels(np.arange(1, 200) * 100_000).astype(
         [(name, "f8" if name == "t" else BOX_DTYPE[name]) for name in BOX_DTYPE.names])
-    labels["t"] *= scale
-    raw = raw_set(tmp_path / "raw", labels, (t * scale, *others))
+    labels["t"] = labels["t"] * scale + zero
+    raw = raw_set(tmp_path / "raw", labels, (t * scale + zero, *others))
     if refused:
         with pytest.raises(ValueError, match="a_td.h5: events from .*labels from .*another unit"):
             prepare.prepare(raw, tmp_path / "out")
@@ -1623,14 +1656,15 @@ def test_prepare_tells_of_labels_so_far_apart_as_nanoseconds_are(tmp_path, capsy
 def test_a_clock_of_32_bits_is_unwrapped_in_labels_as_in_events(tmp_path):
     t, *others = some_events(3000, 1_900_000)
     start = 2**32 - 1_000_000
+    boxes = np.repeat(GRID_US[:17], 3) + np.tile([0, 900, 300], 17) + start
     for name, wrap in (("whole", 2**62), ("wrapped", 2**32)):
-        labels = some_labels((GRID_US[:17] + start) % wrap)
+        labels = some_labels(boxes % wrap)
         raw = raw_set(tmp_path / name, labels, ((t + start) % wrap, *others))
         assert prepare.prepare(raw, tmp_path / name) == {"prepared": 1}
     assert same_tree(load(tmp_path / "whole/train/a"), load(tmp_path / "wrapped/train/a"))
 
 
-def test_boxes_of_one_frame_whose_times_lie_a_little_apart_stay_together(tmp_path):
+def test_boxes_of_one_frame_whose_times_lie_a_little_apart_stay_together(tmp_path, capsys):
     times = np.repeat(GRID_US[:5], 3) + np.tile([0, 7, 1500], 5)
     raw = raw_set(tmp_path / "raw", some_labels(times))
     prepare.prepare(raw, tmp_path / "out")
@@ -1638,6 +1672,10 @@ def test_boxes_of_one_frame_whose_times_lie_a_little_apart_stay_together(tmp_pat
     assert [len(boxes) for boxes in sequence.boxes] == [3] * 5
     times = np.arange(0, 6000, 1000)
     np.testing.assert_array_equal(prepare.joined(times), times)  # no bursts, but 1 kHz
+    raw_set(raw, some_labels(np.concatenate([GRID_US[:5], GRID_US[:5] + 5000])), names=("two",))
+    assert "left out" not in capsys.readouterr().out
+    prepare.prepare(raw, tmp_path / "out")
+    assert "two: 5 label times left out, " in capsys.readouterr().out
 
 
 def test_find_sequences_refuses_two_files_of_one_name_and_tells_what_it_ignores(tmp_path, capsys):
@@ -1657,8 +1695,11 @@ def test_find_sequences_refuses_two_files_of_one_name_and_tells_what_it_ignores(
     (raw / "train/a_labels.npy").touch()
     assert prepare.prepare(raw, tmp_path / "out") == {"there already": 2}
     (raw / "train/a_bbox.npy").unlink()
-    with pytest.raises(ValueError, match="a_labels.npy: labels. Call them NAME_bbox.npy"):
-        prepare.prepare(raw, tmp_path / "out")
+    for name in ("a_labels.npy", "a_bbox.csv"):
+        (raw / "train" / name).touch()
+        with pytest.raises(ValueError, match=f"{name}: labels. Call them NAME_bbox.npy"):
+            prepare.prepare(raw, tmp_path / "out")
+        (raw / "train" / name).unlink()
 
 
 def test_labels_sorted_by_track_keep_their_times_in_recordings_of_over_an_hour(tmp_path):
@@ -1699,6 +1740,9 @@ def test_without_names_a_damaged_label_file_does_not_settle_the_classes(tmp_path
     damaged.write_bytes(whole)
     assert prepare.prepare(raw, tmp_path / "out") == {"there already": 1, "prepared": 1}
     assert data.load_classes(tmp_path / "out", (), 0) == ("0", "1", "2", "3", "4")
+    fewer = raw_set(tmp_path / "fewer", some_labels(GRID_US[:3]), splits=("test",))
+    assert prepare.prepare(fewer, tmp_path / "out") == {"prepared": 1}
+    assert data.load_classes(tmp_path / "out", (), 0) == ("0", "1", "2", "3", "4")
 
 
 @pytest.mark.parametrize("names", [("car", "car"), ("car", "", "bike")])
@@ -1715,7 +1759,8 @@ def test_class_names_that_are_empty_or_there_twice_are_refused(names, tmp_path):
 
 @pytest.mark.parametrize("key, change, words", [
     ("x", lambda x: x / 64, "x or y has fractions"),
-    ("x", lambda x: x + 2**32, "most events lie off the sensor"),
+    ("x", lambda x: x + 2**32, "many events lie off the sensor"),
+    ("x", lambda x: x + 16, "many events lie off the sensor"),
     ("t", lambda t: np.append(t[:60] + 10**9, t[60:]), "several recordings")])
 def test_events_off_the_sensor_or_far_in_time_are_refused(key, change, words, tmp_path):
     raw = raw_set(tmp_path / "raw")
@@ -1729,6 +1774,19 @@ def test_events_off_the_sensor_or_far_in_time_are_refused(key, change, words, tm
 def test_a_recording_of_one_instant_is_not_prepared(tmp_path):
     raw = raw_set(tmp_path / "raw", None, some_events(1, 700_000))
     assert prepare.prepare(raw, tmp_path / "out") == {"skipped": 1}
+
+
+def test_a_disk_that_fills_up_ends_in_one_line(tmp_path):
+    raw = raw_set(tmp_path / "raw", some_labels(GRID_US[:17]), some_events(3000, 1_900_000))
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, whole[1]))  # of a file
+    try:
+        with pytest.raises(ValueError, match="1 of 1 failed.*histogram.*is the disk full"):
+            prepare.prepare(raw, tmp_path / "out")
+        with pytest.raises(ValueError, match="val_0000_td.part: not written .is the disk full"):
+            simulate.simulate(tmp_path, 0, **SMALL_SCENE | {"train": 0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, whole)
 
 
 def test_prepare_names_wrong_options_and_folders(tmp_path):
