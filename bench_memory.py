@@ -4,7 +4,8 @@ In:  a config of train.py; with --checkpointing=True, what recomputation saves a
 Out: a row for each batch size, the largest batch that fits a budget, all that as a line of JSON.
 The real model, loss and optimiser run on made-up events and boxes: two steps to warm up, then the
 timed ones. Peak: of the allocator on a GPU, else of the process; each row has a process of its own.
-Kept: what the forward pass keeps for the backward pass, weights left out, in all and by part.
+Kept: what an eager forward pass keeps for the backward pass, weights left out, in all and by part
+(the loss counts to the heads).
 
     python bench_memory.py configs/patch2_4scale_sizeaware.py --batch_sizes=1,2,4,6 --budget_gib=24
 """
@@ -23,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import train
 from configurator import command_line, configure
+from formats import CHANNELS
 from loss import SizeAware
 
 # budget_gib: memory of the card to fit; frames and classes as a data set would have them
@@ -58,22 +60,22 @@ def kept_gib(forward, inputs):
 
 
 def measure(config, B, device, dtype):
-    """Row for batch size B: what the forward pass keeps, then peak and time of whole steps."""
-    torch.set_default_device(device)  # this process does nothing else
+    """Row for batch size B: peak and time of whole steps, what the forward pass keeps."""
+    torch.set_float32_matmul_precision("high")  # as train.py
     T = config.sequence_length
-    model = train.build(config, config.input_hw, config.num_classes)
-    forward = train.Forward(model, train.fields_of(SizeAware, config))
-    optimizer = torch.optim.AdamW(forward.parameters(), lr=1e-6, fused=True)  # as train.py's
-    events = torch.rand(T, B, 20, *config.input_hw) < 1 / 30  # as of a street
-    frames = torch.arange(0, T * B, 2)
-    targets = 100 * torch.rand(len(frames), 8, 5)  # class, then centre and size in px
+    with device:
+        model = train.build(config, config.input_hw, config.num_classes)
+        events = torch.rand(T, B, CHANNELS, *config.input_hw) < 1 / 30  # as of a street
+        frames = torch.arange(0, T * B, 2)
+        targets = 100 * torch.rand(len(frames), 8, 5)  # class, then centre and size in px
     targets[..., 0] = 0
     inputs = (events, None, frames, targets)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with autocast:
-        parts = kept_gib(forward, inputs)
+    eager = train.Forward(model, train.fields_of(SizeAware, config))
+    forward = eager
     if config.compile and device.type == "cuda":
-        forward = torch.compile(forward)
+        forward = torch.compile(eager)
+    optimizer = torch.optim.AdamW(eager.parameters(), lr=1e-6, fused=True)  # as train.py's
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def step():
         with autocast:
@@ -87,6 +89,8 @@ def measure(config, B, device, dtype):
     peak = train.peak_gib(device)
     if math.isnan(peak):
         peak = "n/a"
+    with autocast:  # last, since its peak is another
+        parts = kept_gib(eager, inputs)
     return {"batch": B, "step_s": float(np.median(seconds)), "peak_gib": peak,
             "kept_gib": sum(parts.values()), "parts": parts}
 
