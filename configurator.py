@@ -66,7 +66,8 @@ def configure(defaults, argv):
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
-            sys.exit(f"{sys.modules['__main__'].__doc__}\nkeys and defaults:\n{dump(defaults)}")
+            print(f"{sys.modules['__main__'].__doc__}\nkeys and defaults:\n{dump(defaults)}")
+            sys.exit()
         if not word.startswith("--"):
             if not word.endswith(".py"):
                 raise ValueError(f"{word}: no config NAME.py (options are --KEY=VALUE)")
