@@ -31,8 +31,8 @@ from pictures import draw_box_sizes
 #   events (T, B, 20, H, W) uint8 as stored, zeros where a run has ended
 #   rows (B, H), cols (B, W) int64: the flip and zoom of each slot, for augment
 #   is_first (B,) bool: a run starts, its state is reset before this chunk
-#   frames (T, B) bool: the N, at least one
-#   targets (N, M, 5) float32, in (t, b) order: class, cx, cy, w, h in augmented pixels; zeros pad
+#   frames (N,) int64 ascending: t * B + b of the labelled frames, at least one
+#   targets (N, M, 5) float32: their boxes, class, cx, cy, w, h in augmented pixels; zeros pad
 #   has_boxes bool; False: the one frame of `frames` is a filler without boxes, the loss weighs 0
 Batch = namedtuple("Batch", "events rows cols is_first frames targets has_boxes")
 
@@ -142,7 +142,7 @@ class Sequence:
                 if not (np.diff(array, prepend=-1, append=end) > 0).all():
                     raise ValueError("indices of frames or labels do not ascend, or go too far")
             boxes = np.ones(len(labels), BOX_DTYPE)
-            for name in BOX_DTYPE.names[:6]:  # the others are in no use, and not in each set
+            for name in BOX_DTYPE.names[:6]:  # the others are not used, and some sets lack them
                 boxes[name] = labels[name]
             if (boxes["class_id"] >= num_classes).any():
                 raise ValueError(f"class ids from {num_classes} on: name all classes")
@@ -168,10 +168,10 @@ class Sequence:
         # HDF5 takes 60 times longer for all at once
         for frame, target in zip(range(start, stop), out):
             with reading(f"{self.file}: frame {frame} does not decode"):
-                skipped = True
+                skipped = True  # HDF5 is to read it
                 if data.chunks == (1, *target.shape) and data.filter_ids == (hdf5plugin.BLOSC_ID,):
                     skipped, chunk = data.id.read_direct_chunk((frame, 0, 0, 0))
-                if skipped:  # by the filter, or it is another one
+                if skipped:  # a chunk without Blosc, or of another filter
                     target[:] = data[frame]
                 else:
                     check_blosc(chunk, target.nbytes)
@@ -274,8 +274,8 @@ def augment(events, rows, cols):
     """out[t, b, c, y, x] = events[t, b, c, rows[b, y], cols[b, x]], and 0 where an index is -1.
 
     events (T, B, C, H, W), rows (B, H), cols (B, W) int64 -> as events; all on one device.
-    One gather takes 6.5 ms a frame of 20x360x640 on one core (AVX-512 Xeon, 2026-11), selecting
-    rows, then columns 30, RVT's interpolation 7.5.
+    One gather takes 6.5 ms a frame of 20x360x640; selecting rows and then columns takes 30, RVT's
+    interpolation 7.5 (one core of an AVX-512 Xeon, 2026-11).
     """
     rows = rows[:, :, None]
     cols = cols[:, None]
@@ -354,7 +354,8 @@ class TrainData:
     sampling: "stream", "random" or "mixed" (of a micro-batch's slots mixed_stream : mixed_random,
     at least one each). Slots of a kind are numbered over processes, then micro-batches, then the
     batch: two processes of batch 2, or one that accumulates 2 micro-batches of 2, play what one of
-    batch 4 plays. A pass of a slot is steps_per_epoch steps long and plays every chunk once.
+    batch 4 plays. A pass of a slot plays every chunk once, in steps_per_epoch steps (of streams,
+    where there are any).
     pin_memory: for copies to a GPU. ValueError: nothing to play. train.check says what else must
     hold.
     """
@@ -415,7 +416,7 @@ class TrainData:
         is_first = []
         rows = []
         cols = []
-        labels = {}  # boxes by (t, b)
+        labels = {}  # boxes of labelled frames, by (t, b)
         for b, (runs, number, count) in enumerate(self.slots):
             slot = (self.first_group + a) * count + number
             (which, run, start, end), key = runs.place(slot, self.groups * count, step)
@@ -446,10 +447,9 @@ class TrainData:
         has_boxes = bool(labels)
         if not has_boxes:
             labels[0, 0] = seen  # a filler, empty as all are
-        frames = torch.zeros(events.shape[:2], dtype=torch.bool)
-        for place in labels:
-            frames[place] = True
-        targets = pad_targets([labels[place] for place in sorted(labels)])
+        places = sorted(labels)
+        frames = torch.tensor([t * len(self.slots) + b for t, b in places])
+        targets = pad_targets([labels[place] for place in places])
         events = torch.from_numpy(events)
         if self.pin_memory:
             events = events.pin_memory()
@@ -460,7 +460,8 @@ class TrainData:
 def make_loader(item, start, num_workers):
     """Endless iterator over item(start), item(start + 1), ..., in order.
 
-    `num_workers` threads work ahead of it; 0: a thread works on an item when it is asked for.
+    `num_workers` threads work ahead, on 2 * num_workers items at most; 0: a thread works on an item
+    when it is asked for.
     Threads, for what takes time (reading, decompressing, copying) lets go of Python's lock, and no
     batch is copied from one process to another: 4.6 MB a frame of 20x360x640 take longer than
     decoding it (2 cores, 2026-11).

@@ -22,7 +22,7 @@ from configurator import command_line, configure, value_of
 from data import load_classes, open_split
 from detect import FILTERS, StreamDetector, run, score_boxes  # noqa: F401, StreamDetector
 from formats import reading, write
-from pictures import pictures
+from pictures import STRONG, draw_report
 
 defaults = {
     "ckpt": "out/ckpt.pt",  # checkpoint of train.py, or a Lightning checkpoint of RVT
@@ -48,21 +48,21 @@ def report(
     -> "settings" (what was passed, resolution, classes, number of labels), "rows" (by protocol),
     "curves" (of each class: precision at recall 0, 0.01, ... 1 for IoU 0.5, all boxes).
     """
-    run_of = labels, detections, height, width, class_names
+    played = labels, detections, height, width, class_names
     small = [name for name in class_names if name in small_classes]
     small_ids = [class_names.index(name) for name in small]
     scores = {}
     for box_filter, kind in FILTERS.items():
-        every = score_boxes(*run_of, box_filter)
+        every = score_boxes(*played, box_filter)
         scores[f"class mean, {kind}"] = every
-        scores[f"class-agnostic, {kind}"] = score_boxes(*run_of, box_filter, class_agnostic=True)
+        scores[f"class-agnostic, {kind}"] = score_boxes(*played, box_filter, class_agnostic=True)
         if small:
             title = f"small_classes ({', '.join(small)}), class mean, {kind}"
-            scores[title] = score_boxes(*run_of, box_filter, class_ids=small_ids)
+            scores[title] = score_boxes(*played, box_filter, class_ids=small_ids)
         for name, row in every["classes"].items():
             scores[f"{name}, {kind}"] = row
     title = "eTraM fork's overall: class-agnostic, ids 0 to 2 only, Prophesee filter"
-    scores[title] = score_boxes(*run_of, "prophesee", True, range(3))
+    scores[title] = score_boxes(*played, "prophesee", True, range(3))
 
     rows = {}
     for title, row in scores.items():
@@ -75,7 +75,7 @@ def report(
 
 def line(form, values, title):
     """Line of a table: values, each in the form of printf, then a title."""
-    return form * len(values) % tuple(values) + f"  {title}"
+    return (form * len(values)) % tuple(values) + f"  {title}"
 
 
 def compare(paths):
@@ -147,9 +147,9 @@ def main(argv):
                     split=config.split, data_dir=config.data_dir)
     path = folder / f"{Path(path).stem}_{config.split}.json"
     write(path, json.dumps(result, indent=1))
-    strong = [boxes[boxes["confidence"] >= 0.3] for boxes in found]
+    strong = [boxes[boxes["confidence"] >= STRONG] for boxes in found]
     confusion = score_boxes(labels, strong, *hw, names)["confusion"]
-    pictures(path.with_suffix(".png"), result, confusion, sequences, labels, strong)
+    draw_report(path.with_suffix(".png"), result, confusion, sequences, labels, strong)
     print(compare([path]))
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from formats import write
 
 EVENTS = ((90, 150, 255), (255, 140, 40))  # colours of negative and of positive ones
+STRONG = 0.3  # least p_obj * p_cls of the detections in a report's confusion and frames
 
 
 # ---- event frames
@@ -75,13 +76,13 @@ def draw_confusion(axes, counts, names):
     axes.set_xticks(range(len(names)), names, rotation=30)
     axes.set_yticks(range(len(names)), names)
     axes.set(
-        title="boxes, IoU >= 0.5, p_obj * p_cls >= 0.3",
+        title=f"boxes, IoU >= 0.5, p_obj * p_cls >= {STRONG}",
         xlabel="detected",
         ylabel="labelled",
     )
 
 
-def pictures(path, report, confusion, sequences, labels, detections):
+def draw_report(path, report, confusion, sequences, labels, detections):
     """Write precision-recall, confusion and AP by size, then some frames, as one picture.
 
     report: as eval.py makes it; confusion: counts as of score_boxes; labels, detections: boxes

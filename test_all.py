@@ -863,15 +863,17 @@ def test_train_data_labelled_frames_carry_their_boxes_and_what_ends_is_zeros(toy
     padded = 0
     for step in range(12):
         batch = train[step]
-        assert batch.has_boxes and batch.frames.any(0).all()
+        mask = torch.zeros(4, 3, dtype=torch.bool)
+        mask.view(-1)[batch.frames] = True
+        assert batch.has_boxes and mask.any(0).all()
         for b in range(3):
             sequence, frames = shown(batch, b)
             labelled = toy_set[sequence - 1].label_frames
-            assert batch.frames[:, b].tolist() == [frame in labelled for frame in frames]
+            assert mask[:, b].tolist() == [frame in labelled for frame in frames]
             played = torch.tensor(frames) >= 0
             assert torch.equal(batch.events[:, b].flatten(1).any(1), played)
             padded += int(not played.all())
-        expected = torch.zeros(int(batch.frames.sum()), 16, 5)
+        expected = torch.zeros(len(batch.frames), 16, 5)
         expected[:, 0] = torch.tensor([1, 10.0, 8.0, 10.0, 8.0])
         assert torch.equal(batch.targets, expected)
     assert padded == 8  # runs of 7 and 6 frames, in chunks of 4
@@ -946,7 +948,7 @@ def test_train_data_makes_a_filler_where_a_zoom_empties_all_frames(tmp_path):
     sequences = open_split(tmp_path, "train")
     train = plan(sequences, augmentation=Augmentation(0.0, zoom_stream=1.0, zoom_out_max=1.5))
     batch = next(batch for batch in map(train.__getitem__, range(200)) if not batch.has_boxes)
-    assert batch.frames.sum() == 1 and torch.equal(batch.targets, torch.zeros(1, 16, 5))
+    assert batch.frames.tolist() == [0] and torch.equal(batch.targets, torch.zeros(1, 16, 5))
     assert plan(sequences, augmentation=UNMOVED)[0].has_boxes
 
 
@@ -983,7 +985,7 @@ def test_train_data_plays_a_format_of_ones_own(toy_set):
 
     batch = plan([InMemory()], augmentation=UNMOVED)[0]
     assert np.array_equal(batch.events[:, 0], InMemory.frames[:4])
-    assert batch.frames[:, 0].tolist() == [False, False, False, True]
+    assert batch.frames[0] == 3 * 2  # of slot 0, the last of 4 frames
     assert train_on(batch)[1]
 
 
@@ -1545,7 +1547,7 @@ def test_pictures_of_frames_with_detections(tmp_path):
     sequence = MemorySequence("a", 4, (0, 2, 3))  # fewer frames than places
     boxes = sequence.boxes
     result = evaluation.report(boxes, boxes, 64, 64, NAMES)
-    pictures.pictures(tmp_path / "report.png", result, np.eye(5), [sequence], boxes, boxes)
+    pictures.draw_report(tmp_path / "report.png", result, np.eye(5), [sequence], boxes, boxes)
     assert min(size_of(tmp_path / "report.png")) > 1000
 
 

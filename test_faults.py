@@ -780,8 +780,9 @@ def test_train_out_of_memory_says_what_to_change_and_leaves_the_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Forward, "forward", full)
-        with pytest.raises(ValueError, match="out of memory; lower batch_size"):
-            train.main([*argv, "--max_steps=2"])
+        for more in ("--max_steps=2", "--init_from=resume"):
+            with pytest.raises(ValueError, match="out of memory; lower batch_size"):
+                train.main([*argv, more])
     assert checkpoint_of(tmp_path)["step"] == 0
     assert run_train(*argv, "--init_from=resume", "--max_steps=1") == 0
 

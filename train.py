@@ -119,8 +119,8 @@ def check(config):
         least = 1 if key in COUNTS else 0
         if isinstance(value, (int, float)) and not least <= value < 2**63:
             raise ValueError(f"{key}={value}: expected {least} to 2**63")
-    shares = (config.batch_size - 1, config.mixed_stream, config.mixed_random)
-    if config.sampling == "mixed" and 0 in shares:
+    least = min(config.batch_size - 1, config.mixed_stream, config.mixed_random)
+    if config.sampling == "mixed" and least == 0:
         raise ValueError("sampling=mixed needs batch_size > 1, mixed_stream > 0, mixed_random > 0")
     for kind in PARTS:
         fields_of(kind, config)
@@ -134,9 +134,10 @@ def reuse_memory():
     """
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)      # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-8, 1)          # M_ARENA_MAX
+        if not mallopt(-3, 2**30):  # M_MMAP_THRESHOLD
+            mallopt(-3, 2**25)      # the most that an older glibc takes
+        mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD
+        mallopt(-8, 1)              # M_ARENA_MAX
 
 
 def resolve_device(config):
@@ -294,7 +295,7 @@ class Run:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # TF32
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions by default
         self.rank, self.world = start_processes("nccl" if cuda else "gloo")
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # one process speaks
@@ -329,7 +330,7 @@ class Run:
         if config.batch_size * cells == 1:
             raise ValueError(f"batch norm sees one cell of {self.hw} frames: raise batch_size")
         self.parameters = list(model.parameters())
-        # the statistics of the batch norms, and a grid that never changes
+        # what a bad step takes back: statistics of batch norms (and the grid, which never changes)
         self.buffers = list(model.buffers())
         self.forward = Forward(model, fields_of(SizeAware, config))
         if config.compile and cuda:
@@ -358,7 +359,8 @@ class Run:
         """One step of the optimiser; stop: above 0 where this process is to stop.
 
         -> whether any process is to stop. A step whose loss, gradients or states are not finite
-        is skipped and leaves nothing behind.
+        is skipped and leaves nothing behind; where only float16's gradients overflow, the states
+        and the statistics of batch norms still move.
         """
         buffers = [x.clone() for x in self.buffers]
         states = list(self.states)
@@ -367,19 +369,19 @@ class Run:
 
         # add each micro-batch's gradients, move its streams on
         for group, batch in enumerate(batches):
-            # the (T, B) mask of labelled frames as indices (N,), on the CPU: no synchronisation
-            batch = batch._replace(frames=batch.frames.flatten().nonzero().flatten())
             batch = batch._make(
                 torch.as_tensor(x).to(self.device, non_blocking=True) for x in batch)
-            for tensor in (batch.frames, batch.targets):  # N varies: one compiled graph for all
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
             events = data.augment(batch.events, batch.rows, batch.cols)
+            batch = batch._replace(events=events)  # the others need memory no more
+            # N and M vary: compiled code takes any N > 1, and any M of as many chunks
+            for tensor, axis in ((batch.frames, 0), (batch.targets, 0), (batch.targets, 1)):
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
             state = reset_state(states[group], batch.is_first)
 
             # processes exchange gradients once a step, with the last micro-batch
             self.forward.require_backward_grad_sync = group == groups - 1
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                losses, state = self.forward(events, state, batch.frames, batch.targets)
+                losses, state = self.forward(batch.events, state, batch.frames, batch.targets)
             # a batch without boxes runs everything, too, and weighs nothing
             weight = batch.has_boxes / groups
             self.scaler.scale(losses["loss"] * weight).backward()
@@ -387,8 +389,8 @@ class Run:
             scalars.update({key: value.detach() / groups for key, value in losses.items()})
             scalars["state"] += sum((0 * x).sum() for x in state)  # 0, or NaN
 
-        # one exchange, which also tells all processes who is to stop
-        scalars["state"] += stop
+        # one exchange, which also tells all processes to stop where one is
+        scalars["stop"] = torch.full_like(scalars["state"], stop)
         self.scaler.unscale_(self.optimizer)
         scalars["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
         values = torch.stack(list(scalars.values())) / self.world
@@ -396,7 +398,8 @@ class Run:
             dist.all_reduce(values)
         scalars = dict(zip(scalars, values.tolist()))  # the one synchronisation of a step
         wrong = [key for key, value in scalars.items() if not math.isfinite(value)]
-        stop = scalars.pop("state") > 0
+        stop = scalars.pop("stop") > 0
+        del scalars["state"]
 
         # move the weights, or go back
         overflow = wrong == ["grad_norm"] and self.scaler.is_enabled()  # its scale will be halved
@@ -555,6 +558,15 @@ def stop_signal():
             signal.signal(kind, handler)
 
 
+@contextmanager
+def memory_advice():
+    """A GPU that is out of memory becomes a ValueError that says what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory; {LESS_MEMORY}") from error
+
+
 def train(config, checkpoint=None):
     """Train as `config` (a namespace with the keys of `defaults`) says, from `checkpoint` if given.
 
@@ -567,7 +579,7 @@ def train(config, checkpoint=None):
     there = [name for name in ("ckpt.pt", "best.pt", "log.csv") if os.path.exists(f"{out}/{name}")]
     if there and not checkpoint:
         raise ValueError(f"{out} holds {', '.join(there)}: --init_from=resume goes on from its "
-                         "ckpt.pt, another --out_dir starts anew")
+                         "ckpt.pt, another --out_dir starts from scratch")
     run = Run(config)
     vars(config).update(dataclasses.asdict(run.model.config), class_names=run.names)  # as derived
     if checkpoint:
@@ -581,8 +593,8 @@ def train(config, checkpoint=None):
             wandb_module().init(project=config.wandb_project, group=config.wandb_group,
                                 name=config.wandb_run_name, config=vars(config))
     weights = sum(p.numel() for p in run.parameters)
-    print(f"{run.model.config}\n{weights / 1e6:.2f} M parameters, {run.batches.steps_per_epoch} "
-          f"steps an epoch, {run.device}, {run.dtype}, {run.world} process(es)")
+    print(f"{run.model.config}\n{weights / 1e6:.2f} M parameters, {run.device}, {run.dtype}, "
+          f"{run.world} process(es); {run.batches.steps_per_epoch} steps for all runs in each slot")
 
     groups = config.gradient_accumulation_steps
     frames_a_step = config.sequence_length * config.batch_size * groups * run.world
@@ -592,7 +604,7 @@ def train(config, checkpoint=None):
     since = run.step     # of that row, or where this process began
     stopped = False
 
-    with bar, stop_signal() as stop:
+    with bar, memory_advice(), stop_signal() as stop:
         if not checkpoint:
             run.save("ckpt.pt")  # so that no run is without one
         elif run.due(config.eval_interval) and run.evaluated < run.step:
@@ -659,13 +671,10 @@ def resume(out_dir, argv):
 
 def main(argv):
     config = configure(defaults, argv)
-    try:
-        if config["init_from"] == "resume":
-            status = resume(config["out_dir"], argv)
-        else:
-            status = train(SimpleNamespace(**config))
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"out of memory; {LESS_MEMORY}") from error
+    if config["init_from"] == "resume":
+        status = resume(config["out_dir"], argv)
+    else:
+        status = train(SimpleNamespace(**config))
     sys.exit(status)
 
 
