@@ -25,7 +25,7 @@ import train
 from checkpoint import load_detector
 from configurator import command_line, configure
 from data import load_classes, open_split
-from formats import reading, write
+from formats import CHANNELS, reading, write
 from pictures import draw_differences
 from simulate import ensure_toy
 
@@ -141,7 +141,7 @@ def measure(config, name, steps):
     out = runs[0].out_dir
     model = load_detector(f"{out}/ckpt.pt")
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 1, 20, *model.config.input_hw))
+        model(torch.zeros(1, 1, CHANNELS, *model.config.input_hw))
     parameters = sum(p.numel() for p in model.parameters())
     log = np.genfromtxt(f"{out}/log.csv", delimiter=",", names=True)
     seconds = arm["sequence_length"] * arm["batch_size"] / np.nanmedian(log["frames_per_s"])

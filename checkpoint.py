@@ -23,11 +23,11 @@ def read_checkpoint(path):
     running code could restore.
     """
     try:
-        # torch checks no checksums
+        # torch checks no checksums; the message is made below
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("damaged")
         found = torch.load(path, map_location="cpu", weights_only=True)
-        dicts = {key for key, value in found.items() if isinstance(value, dict)}
+        dict_keys = {key for key, value in found.items() if isinstance(value, dict)}
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for damaged files
@@ -40,8 +40,8 @@ def read_checkpoint(path):
                 "torch.save({'state_dict': found['state_dict']}, 'weights.ckpt')\""
             )
         raise ValueError(f"{path}: {what}") from error
-    known = {"model", "model_config"} <= dicts or "state_dict" in dicts
-    if not known or "config" in found.keys() - dicts:
+    known = {"model", "model_config"} <= dict_keys or "state_dict" in dict_keys
+    if not known or "config" in found.keys() - dict_keys:
         raise ValueError(f"{path}: no checkpoint of nanoRVT or RVT (no 'model' or 'state_dict')")
     return found
 

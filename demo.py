@@ -36,7 +36,7 @@ defaults = {
     "width": 0,
     "class_names": (),      # for checkpoints without names
     "device": "auto",       # auto | cpu | cuda | cuda:1
-    "dtype": "float32",     # float32 | bfloat16 | float16
+    "dtype": "float32",     # auto | float32 | bfloat16 | float16
 }
 
 
@@ -107,6 +107,7 @@ def main(argv):
         raise ValueError(f"{config.recording}: no events in it")
     model = load_detector(config.ckpt, first[1].shape[1:]).to(device)
     names = config.class_names or saved.get("config", {}).get("class_names")
+    # no dataset.json there: it makes numbers names, and counts them
     names = load_classes(config.recording, names, model.config.num_classes)
     detector = StreamDetector(model, dtype, confidence=config.confidence, score="obj*cls")
 

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import make_loader
-from formats import BOX_DTYPE
+from formats import BOX_DTYPE, CHANNELS, WINDOW_US
 from loss import box_iou
 from model import Conv
 
@@ -59,7 +59,7 @@ def nms(box_xyxy, score, label, iou, block=128):
     while len(rest):
         part = rest[:block, None]
         clash = box_iou(box_cxcywh[part], box_cxcywh[rest]) > iou
-        drops = (clash & (label[part] == label[rest])).triu(1).cpu().numpy()  # (block, rest)
+        drops = (clash & (label[part] == label[rest])).triu(1).numpy()  # (block, rest)
         keep = np.ones(len(rest), bool)
         for i, dropped in enumerate(drops):  # a box that is still there drops those after it
             if keep[i]:
@@ -200,7 +200,7 @@ class StreamDetector:
                 part.bn = torch.nn.Identity()
         self.model.to(dtype)
         self.model.grid = model.grid  # cell numbers are not exact in bfloat16
-        self.frame = model.grid.new_zeros(20, *model.config.input_hw, dtype=torch.uint8)
+        self.frame = model.grid.new_zeros(CHANNELS, *model.config.input_hw, dtype=torch.uint8)
         self.graph = None
         if self.frame.is_cuda:
             self.step()  # libraries set up before the capture
@@ -224,7 +224,7 @@ class StreamDetector:
         if frame.shape != size:  # copy_ would repeat a smaller one
             raise ValueError(f"a frame of {tuple(frame.shape)}, expected {tuple(size)}")
         self.frame.copy_(torch.as_tensor(frame))
-        self.t_us = self.t_us + 50_000 if t_us is None else t_us
+        self.t_us = self.t_us + WINDOW_US if t_us is None else t_us
         if self.graph:
             self.graph.replay()
         else:
@@ -327,7 +327,8 @@ def score_boxes(
     truth = table(labels, scored, class_ids)
     found = table(detections, scored, class_ids)
     if class_agnostic:
-        truth[:, 6] = found[:, 6] = 0
+        truth[:, 6] = 0
+        found[:, 6] = 0
         class_names = ["all"]
     K = len(class_names)
     empty = COCO({

@@ -22,7 +22,7 @@ BOX_DTYPE = np.dtype([
     ("track_id", "u4"),
     ("class_confidence", "f4"),
 ])
-WINDOW_US = 50_000  # a histogram counts the events of so long
+WINDOW_US = 50_000  # of time, whose events a histogram counts
 BINS = 10  # time bins of a window and polarity
 CHANNELS = 2 * BINS  # channel = polarity * BINS + time bin
 MAX_COUNT = 10  # counts saturate there

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 LEVELS = 4  # of a pyramid, at most, each of half the rows and columns of the one before
-MAX_CLAIMS = 10   # anchors that a box can claim
+MAX_CLAIMS = 10  # anchors that a box can claim
 CHUNK = 32  # boxes of a frame that are compared with its candidates at once
 Assignment = namedtuple("Assignment", "anchor matched box iou")
 
@@ -190,15 +190,15 @@ def assign(prediction, targets):
     anchor, valid, own = candidate_anchors(prediction.grid, targets)
 
     # what is no candidate overlaps nothing and costs infinitely much
-    valid = valid[..., None]
-    predicted = torch.where(valid, take(prediction.box_cxcywh, anchor), 0)  # (N, U, 4)
+    boxes = take(prediction.box_cxcywh, anchor)
+    predicted = torch.where(valid[..., None], boxes, 0)  # (N, U, 4)
     predicted = predicted.mT.contiguous().mT  # coordinates apart in memory: IoUs take half the time
     p_obj = take(prediction.obj[..., None], anchor).sigmoid()
     probability = (take(prediction.cls, anchor).sigmoid() * p_obj).sqrt()  # (N, U, K)
     log_yes = probability.log().clamp(min=-100)
     log_no = (1 - probability).log().clamp(min=-100)
     cost_cls = log_no - log_yes - log_no.sum(-1, keepdim=True)
-    cost_cls = torch.where(valid, cost_cls, torch.inf).mT.contiguous()  # (N, K, U)
+    cost_cls = torch.where(valid[..., None], cost_cls, torch.inf).mT.contiguous()  # (N, K, U)
 
     # chunks of boxes, so that memory grows with the candidates, not with their pairs with boxes
     chunks = zip(targets.split(CHUNK, 1), own.split(CHUNK, 1))
@@ -210,12 +210,12 @@ def assign(prediction, targets):
     # each anchor to its only claimant, or to the cheapest box
     places = torch.cat(places, 1).flatten(1)  # (N, M * MAX_CLAIMS)
     claimant = torch.arange(places.shape[1], device=own.device) // MAX_CLAIMS
-    none = torch.zeros_like(anchor)
-    claims = none.scatter_add(1, places, torch.ones_like(places))
-    only = none.scatter(1, places, claimant.expand_as(places))
+    zeros = torch.zeros_like(anchor)
+    claims = zeros.scatter_add(1, places, torch.ones_like(places))
+    only = zeros.scatter(1, places, claimant.expand_as(places))
     box = torch.where(claims > 1, cheapest[0], only)
     iou = box_iou(predicted, take(targets, box)[..., 1:])
-    return Assignment(anchor, (claims > 0) & valid[..., 0], box, iou)
+    return Assignment(anchor, (claims > 0) & valid, box, iou)
 
 
 def focal_loss(logits, onehot):
@@ -236,9 +236,9 @@ def detection_loss(prediction, targets, size_aware=None):
     targets (N, M, 5): class, cx, cy, w, h in pixels; rows of zeros are padding
     size_aware: SizeAware; None, or size_aware_loss off, is the plain loss
     -> dict of scalars: loss = iou + obj + cls, each summed and divided by the matched anchors of
-    the batch; num_fg = these per box, for the log. Without any box the divisor is 1 and only the
-    objectness is trained. Weights act on the IoU term ("iou") and on a focal class term in place
-    of the plain one ("cls").
+    the batch; num_fg = matched anchors a box, for the log. Without any box the divisor is 1 and
+    only the objectness is trained. Weights act on the IoU term ("iou") and on a focal class term
+    in place of the plain one ("cls").
     """
     if targets.shape[1] == 0:
         targets = targets.new_zeros(len(targets), 1, 5)

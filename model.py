@@ -35,8 +35,8 @@ class ModelConfig:
 
     input_hw: tuple = (0, 0)       # rows and columns of the event frames; (0, 0): from the data
     patch_size: int = 4            # stride of the first stage: 2, 3 or 4
-    partition_split: int = 0       # the coarsest map has split x split attention groups; 0: the
-                                   # split whose groups are nearest to 60 tokens
+    partition_split: int = 0       # a map at 8 * patch_size has split x split attention groups; 0:
+                                   # the split whose groups are nearest to 60 tokens
     embed_dim: int = 64            # width of stage 1; doubles with each stage
     dim_head: int = 32             # width of an attention head
     fpn_stages: tuple = (2, 3, 4)  # stages in the pyramid: 2 to 4 neighbours, finest first
@@ -64,7 +64,7 @@ class ModelConfig:
         # width and stride of each level of the pyramid
         self.dims = [self.embed_dim * 2 ** (k - 1) for k in self.fpn_stages]
         self.strides = tuple(self.patch_size * 2 ** (k - 1) for k in self.fpn_stages)
-        # rows and columns of tokens in an attention group, in every stage; input that groups tile
+        # tokens of an attention group (rows, columns), in every stage; the input that groups tile
         unit = 8 * self.patch_size * max(self.partition_split, 1)
         ph, pw = (math.ceil(size / unit) for size in self.input_hw)
         self.part = (ph, pw)
@@ -94,7 +94,7 @@ def frozen_statistics(module):
 
 
 class Recomputable(nn.Module):
-    """A module that can keep its inputs alone for the backward pass, which computes the rest again.
+    """A module that can keep only its inputs for the backward pass, which computes the rest again.
 
     `recompute` says where it does. Batch statistics still move once a step.
     """
@@ -226,7 +226,7 @@ class Stage(nn.Module):
         parts = tokens.split(B) if self.checkpointing else [tokens]
         features = []
         for part in parts:
-            part = self.attention(part).to(x.dtype)  # which autocast computes in
+            part = self.attention(part).to(x.dtype)  # scales and norms make float32 of it
             for x_t in part.split(B):
                 state = self.lstm(x_t, *state)
                 features.append(state[0])
@@ -237,7 +237,7 @@ class Stage(nn.Module):
 # ---- pyramid
 
 class Convs(Recomputable, nn.Sequential):
-    """Layers one after the other, recomputed at once."""
+    """Layers one after the other, recomputed as one."""
 
 
 class Conv(Convs):
@@ -454,7 +454,8 @@ class Detector(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config = config.resolved()
+        config = config.resolved()
+        self.config = config
         depth = config.fpn_stages[-1]
         self.stages = nn.ModuleList(Stage(config, k) for k in range(depth))
         self.fpn = PAFPN(config)
@@ -503,7 +504,7 @@ class Detector(nn.Module):
     def forward(self, events, state=None, frames=None):
         """Predictions for the chosen frames and the state after the last frame.
 
-        events (T, B, 20, H, W) uint8 or float
+        events (T, B, 20, H, W) uint8, bool or float
         state: list of tensors with leading dim B, or None for new streams
         frames: which frames run pyramid and head: (T, B) bool on the CPU, or their flat indices
         t * B + b, int64 (N,) on the events' device (what torch.compile needs), or None for all

@@ -266,7 +266,6 @@ class Recording:
         """The events with times that never decrease; counts those that it drops and raises.
 
         before: the time before the first.
-
         ValueError: a long gap, or more than a few are late by more than LATE_US.
         """
         given = t[-1]
@@ -326,7 +325,7 @@ class Recording:
 
 
 def regular_ends(recording):
-    """Ends (N,) us of windows from the first event on until the last is out, once all are read."""
+    """Ends (N,) us of windows side by side that hold all events of a recording that was read."""
     return np.arange(recording.first_us + WINDOW_US, recording.last_us + WINDOW_US, WINDOW_US)
 
 
@@ -490,7 +489,8 @@ def window_ends(frames, spacing_us, first_us):
     between frames, some spacing_us apart, one at each frame.
     """
     start = first_us if first_us > MAX_LEAD_US else 0
-    ends = [np.arange(frames[0], start, -WINDOW_US)[:0:-1][1:]]
+    earlier = np.arange(frames[0] - WINDOW_US, start, -WINDOW_US)[::-1]
+    ends = [earlier[1:]]
     for before, after in itertools.pairwise(frames):
         count = max(1, round((after - before) / spacing_us))
         ends.append(np.linspace(before, after, count, endpoint=False, dtype=np.int64))
@@ -689,7 +689,7 @@ def name_classes(names, sequences):
 def describe(path, options, numbered):
     """What dataset.json says, or is to say where `path` is not there yet.
 
-    numbered: the classes are numbers; labels mended since the last run may add some. ValueError:
+    numbered: the classes are numbers; labels fixed since the last run may add some. ValueError:
     the set was prepared otherwise.
     """
     about = {
@@ -717,8 +717,11 @@ def prepare(src, dst, dataset="own", num_workers=0, **changes):
     """
     chosen = {key: value for key, value in changes.items() if value}
     options = SimpleNamespace(**defaults | DATASETS.get(dataset, {}) | chosen | {"dst": dst})
-    if dataset not in DATASETS or options.box_filter not in BOX_FILTERS \
-            or options.downsample not in SCALES:
+    if (
+        dataset not in DATASETS
+        or options.box_filter not in BOX_FILTERS
+        or options.downsample not in SCALES
+    ):
         raise ValueError(
             f"{dataset=}, {chosen}: expected a dataset of {list(DATASETS)}, a box_filter of "
             f"{BOX_FILTERS}, a downsample of {list(SCALES)}")

@@ -133,12 +133,12 @@ def make_scene(rng, options):
     return SimpleNamespace(
         ground=ground,
         sizes=options.sizes,
-        horizon=H * rng.uniform(0.05, 0.3), # px from the top
-        camera=rng.uniform(3.5, 8),         # m above the road
-        road=rng.uniform(-0.6, 0.6),        # its direction, radians; 0: straight across the view
+        horizon=H * rng.uniform(0.05, 0.3),  # px from the top
+        camera=rng.uniform(3.5, 8),  # m above the road
+        road=rng.uniform(-0.6, 0.6),  # its direction, radians; 0: straight across the view
         night=night,
         contrast=0.55 if night else 1,
-        noise_hz=0.2 if night else 0.03,    # events without a cause, a second and pixel
+        noise_hz=0.2 if night else 0.03,  # events without a cause, a second and pixel
     )
 
 
