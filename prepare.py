@@ -574,7 +574,9 @@ def prepare_sequence(job):
         instants = np.unique(boxes["t"])
         frames, spacing_us = label_frames(instants, options.grid_us)
         report["label times left out"] = len(instants) - len(frames)
+        every = boxes["class_id"]
         boxes = boxes[np.isin(boxes["t"], frames)]
+        report["classes gone with them"] = len(np.setdiff1d(every, boxes["class_id"]))
         recording.read()
         if recording.events:
             check_clocks(recording, times, frames)

@@ -1673,10 +1673,11 @@ def test_boxes_of_one_frame_whose_times_lie_a_little_apart_stay_together(tmp_pat
     assert [len(boxes) for boxes in sequence.boxes] == [3] * 5
     times = np.arange(0, 6000, 1000)
     np.testing.assert_array_equal(prepare.joined(times), times)  # no bursts, but 1 kHz
-    raw_set(raw, some_labels(np.concatenate([GRID_US[:5], GRID_US[:5] + 5000])), names=("two",))
+    times = np.concatenate([GRID_US[:5], GRID_US[:5] + 5000])
+    raw_set(raw, some_labels(times, class_id=np.repeat([0, 1], 5)), names=("two",))
     assert "left out" not in capsys.readouterr().out
     prepare.prepare(raw, tmp_path / "out")
-    assert "two: 5 label times left out, " in capsys.readouterr().out
+    assert "two: 5 label times left out, 1 classes gone with them, " in capsys.readouterr().out
 
 
 def test_find_sequences_refuses_two_files_of_one_name_and_tells_what_it_ignores(tmp_path, capsys):
