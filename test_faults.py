@@ -576,6 +576,7 @@ def test_data_main_warns_where_its_picture_cannot_be_written(tmp_path, capsys):
     ("learning_rate = float('nan')", "finite"),
     ("x = (", "never closed"),
     ("1 / 0", "division by zero"),
+    ("import math", "helpers have names like _this"),
 ])
 def test_configure_names_a_mistake_in_a_file(tmp_path, text, word):
     (tmp_path / "c.py").write_text(text)
@@ -596,6 +597,8 @@ def test_configure_keeps_every_name_as_it_is_written_and_in_its_place():
     (["settings.yaml"], "settings.yaml: no config NAME.py"),
     (["--compile=7"], "compile"),
     (["--zzz", "3"], "known are batch_size"),
+    (["--fpn_stages=1,2.0"], "fpn_stages=2.0 is no int"),
+    (["--fpn_stages=a,2"], "fpn_stages='a' is no int"),
 ])
 def test_configure_names_a_mistake_on_the_command_line(argv, word):
     with pytest.raises(ValueError, match=word):
@@ -818,6 +821,8 @@ def test_train_starts_class_layers_anew_where_as_many_classes_have_other_names(t
         class_weight, box_weight = (f"heads.0.{part}_pred.weight" for part in ("cls", "reg"))
         assert torch.allclose(own[class_weight], start[class_weight], atol=1e-6) == kept
         torch.testing.assert_close(own[box_weight], start[box_weight])
+    with pytest.raises(ValueError, match="the run has classes .'car', 'bike'., the data .'bike'"):
+        train.main([f"--out_dir={tmp_path}/a", "--init_from=resume", "--class_names=bike,car"])
 
 
 @pytest.mark.parametrize("kind", ["longer", "shorter", "of stride 0"])
@@ -1866,6 +1871,15 @@ def test_demo_names_what_does_not_fit(tmp_path, checkpoint, option, word):
     recording = write_recording(tmp_path / "drive_td.h5")
     with pytest.raises((ValueError, OSError), match=word):
         run_demo(checkpoint, recording, tmp_path / "e.gif", option)
+
+
+def test_demo_does_not_write_its_detections_over_labels(tmp_path, checkpoint):
+    recording = write_recording(tmp_path / "drive_td.h5")
+    labels = tmp_path / "drive_bbox.npy"
+    labels.touch()
+    with pytest.raises(ValueError, match="drive_bbox.npy is there already"):
+        run_demo(checkpoint, recording, tmp_path / "e.gif", f"--boxes={labels}")
+    assert labels.stat().st_size == 0
 
 
 # ==== ablation.py

@@ -172,7 +172,8 @@ def start_processes(backend):
 def build(config, input_hw, num_classes):
     """Detector for frames of input_hw; ValueError if config's are others."""
     if config.input_hw not in ((0, 0), input_hw):
-        raise ValueError(f"input_hw={config.input_hw}: the data has {input_hw}; leave it out")
+        raise ValueError(
+            f"input_hw={config.input_hw}: the data has {input_hw}; --input_hw=0,0 takes the data's")
     shape = fields_of(ModelConfig, config)
     return Detector(dataclasses.replace(shape, input_hw=input_hw, num_classes=num_classes))
 
@@ -516,6 +517,9 @@ class Run:
         """Go on from where `checkpoint` was saved."""
         load_weights(self.model, checkpoint["model"], self.config.out_dir)
         before = checkpoint["config"]
+        if before["class_names"] != self.names:
+            raise ValueError(f"the run has classes {before['class_names']}, the data {self.names}; "
+                             "--init_from=PATH starts another run with its weights")
         states = checkpoint["states"]
         same = all(before[key] == getattr(self.config, key) for key in ("data_dir", *PLAN))
         if same and len(states) == self.world:
