@@ -5,7 +5,7 @@ folder; it is read whole to check it, then streamed in windows of 50 ms, state c
 that grows by the detections only. Out: a GIF or an mp4 (imageio-ffmpeg), and with --boxes the
 detections in Prophesee's format.
 
-    python demo.py --ckpt out/ckpt.pt --recording drive.raw --out drive.gif --boxes drive_bbox.npy
+    python demo.py --ckpt out/ckpt.pt --recording drive.raw --out drive.gif --boxes found.npy
 """
 
 import itertools
@@ -97,6 +97,9 @@ def main(argv):
             "expected --recording=FILE, --out=FILE.gif or FILE.mp4, and perhaps --boxes=FILE.npy"
         )
 
+    if config.boxes and Path(config.boxes).exists():  # labels, perhaps
+        raise ValueError(f"{config.boxes} is there already; give another name to --boxes")
+
     # the detector, for frames of the recording's size
     device, dtype = resolve_device(config)
     saved = read_checkpoint(config.ckpt)
@@ -126,11 +129,11 @@ def main(argv):
                 for name in "xywh":
                     boxes[name] *= scale
                 found.append(boxes)
-        if config.boxes:
-            write(config.boxes, lambda file: np.save(file, np.concatenate(found)))
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
+    if config.boxes:
+        write(config.boxes, lambda file: np.save(file, np.concatenate(found)))
     print(f"{out}: {len(found)} frames of {size}")
 
 
