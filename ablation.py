@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import detect
 import train
-from checkpoint import load_detector
+from checkpoint import load_detector, read_checkpoint
 from configurator import command_line, configure
 from data import load_classes, open_split
 from formats import CHANNELS, reading, write
@@ -53,6 +53,8 @@ ARMS = (
 )
 TESTED = ("patch_size", "fpn_stages", "size_aware_loss", "size_aware_weight",
           "small_object_attention")
+# What a run may have otherwise than its arm: what it took from the data, where it is, and runs.
+DERIVED = ("input_hw", "num_classes", "partition_split", "class_names", "out_dir", "device")
 BASELINE = "baseline_3scale"
 COSTLY = 2  # times the baseline's GFLOP: such an arm meets a baseline of equal compute, too
 
@@ -75,6 +77,12 @@ def run(config, resamples):
     """
     out = config.out_dir
     path = f"{out}/scores_{resamples}.npy"
+    if os.path.exists(f"{out}/ckpt.pt"):
+        before = read_checkpoint(f"{out}/ckpt.pt")["config"]
+        for key, value in vars(config).items():
+            if before[key] != value and key not in DERIVED:
+                raise ValueError(f"{out} has {key}={before[key]!r}, not {value!r}; choose another "
+                                 "--out_dir")
     if os.path.exists(path):
         return np.load(path)
     # here, so that a missing or faulty split costs no training
