@@ -145,12 +145,15 @@ def main(argv):
         return
     result = report(labels, found, *hw, names, config.small_classes, **options,
                     split=config.split, data_dir=config.data_dir)
-    path = folder / f"{Path(path).stem}_{config.split}.json"
+    name = f"{Path(path).stem}_{config.split}"
+    if config.data_dir != trained.get("data_dir", config.data_dir):
+        name += f"_{Path(config.data_dir).name}"  # a report of its own
+    path = folder / f"{name}.json"
     write(path, json.dumps(result, indent=1))
+    print(compare([path]))
     strong = [boxes[boxes["confidence"] >= STRONG] for boxes in found]
     confusion = score_boxes(labels, strong, *hw, names)["confusion"]
     draw_report(path.with_suffix(".png"), result, confusion, sequences, labels, strong)
-    print(compare([path]))
 
 
 if __name__ == "__main__":
