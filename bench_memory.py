@@ -107,6 +107,8 @@ def largest_batch(rows, budget_gib):
 def main(argv):
     config = SimpleNamespace(**configure(defaults, argv))
     train.check(config)
+    if min(config.batch_sizes, default=1) < 1:
+        raise ValueError(f"batch_sizes={config.batch_sizes}: expected 1 or more")
     device, dtype = train.resolve_device(config)
     rows = []
     for B in config.batch_sizes:

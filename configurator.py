@@ -9,6 +9,7 @@ a known key, unless it starts with an underscore.
 
 import ast
 import difflib
+import os
 import runpy
 import sys
 
@@ -21,7 +22,7 @@ def parse(text, want):
     Where a tuple is wanted "1,2,3", "(1,2,3)" and "car,bike" are lists, "3" alone is a list of one.
     """
     if want is str:
-        return text
+        return os.path.expanduser(text)  # a shell leaves the ~ of --out_dir=~/runs
     literal = text
     if want is bool:
         literal = text.title()
@@ -38,6 +39,8 @@ def parse(text, want):
 def value_of(key, value, defaults):
     """`value`, if `key` is known and the value has the type of its default; ints widen to floats.
 
+    So do the elements of a tuple, those of the first in its default.
+
     ValueError names an unknown key, with the nearest known one, or a value of another type.
     """
     if key not in defaults:
@@ -50,6 +53,10 @@ def value_of(key, value, defaults):
         value = want(value)
     if type(value) is not want:
         raise ValueError(f"{key}={value!r} is no {want.__name__} like {default!r}")
+    if want is tuple and default and isinstance(default[0], str):
+        value = tuple(map(str, value))  # a name may be a number
+    elif want is tuple and default:
+        value = tuple(value_of(key, x, {key: default[0]}) for x in value)
     if want is float and not abs(value) < 1e99:
         raise ValueError(f"{key}={value!r} is no finite number")
     return value
@@ -73,7 +80,7 @@ def configure(defaults, argv):
                 raise ValueError(f"{word}: no config NAME.py (options are --KEY=VALUE)")
             with reading(f"{word}: this config fails"):
                 names = runpy.run_path(word, config)
-            with reading(word):
+            with reading(f"{word} (helpers have names like _this)"):
                 for key, value in names.items():
                     if not key.startswith("_"):
                         config[key] = value_of(key, value, defaults)
@@ -108,6 +115,7 @@ def command_line(main):
         sys.exit(130)
     except Exception as error:
         # torch says "can't allocate memory" on a CPU, "Tried to allocate" on a GPU
-        if not isinstance(error, (ValueError, OSError)) and "allocate" not in repr(error):
+        known = isinstance(error, (ValueError, OSError, MemoryError))
+        if not known and "allocate" not in repr(error):
             raise
         sys.exit("error: " + " ".join(str(error).split()))

@@ -215,7 +215,8 @@ def load_classes(data_dir, class_names, num_classes):
         names = tuple(map(str, names))  # --class_names=30,50 gives numbers
         check_names(names)
         if not names or num_classes not in (0, len(names)):
-            raise ValueError(f"{len(names)} class_names, {num_classes=}; wrong data_dir?")
+            raise ValueError(f"{len(names)} class_names, {num_classes=}; wrong data_dir? Without a "
+                             "dataset.json there give --class_names=car,bike, by id")
     return names
 
 

@@ -1195,7 +1195,7 @@ def test_another_logged_scalar_is_one_key_of_the_losses(traffic, tmp_path, monke
     (["--compile", "--batch_size=1"], "compile", True),
     (["--names=car,bus"], "names", ("car", "bus")),
     (["--names=tram"], "names", ("tram",)),
-    (["--names=30"], "names", (30,)),
+    (["--names=30"], "names", ("30",)),
     (["--names="], "names", ()),
     (["--out_dir=3"], "out_dir", "3")])
 def test_configure_reads_options_by_the_type_of_their_default(argv, key, want):
@@ -1500,6 +1500,9 @@ def test_main_needs_the_checkpoint_alone_and_keeps_the_report_of_each_split(ckpt
     assert result["settings"]["resolution"] == [48, 96]
     text = capsys.readouterr().out
     assert all(title in text for title in result["rows"])
+    other = write_prepared(tmp_path / "other", hw=(48, 96))
+    evaluation.main([f"--ckpt={ckpt}", "--device=cpu", f"--data_dir={other}"])
+    assert (folder / "ckpt_test_other.json").exists()
 
 
 def test_main_on_a_checkpoint_of_rvt(tmp_path):
@@ -2039,3 +2042,5 @@ def test_ablation_main_writes_table_and_picture_and_trains_nothing_twice(
     written = (tmp_path / "4scale_2_0/ckpt.pt").stat().st_mtime_ns
     ablation.main(argv)
     assert (tmp_path / "4scale_2_0/ckpt.pt").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="baseline_3scale_2_0 has data_dir=.*another --out_dir"):
+        ablation.main([*argv, "--data_dir=elsewhere"])
