@@ -2,7 +2,7 @@
 
 In:  configs/toy.py, and what BASE and the experiments' configs change in it. All arms take equal
      steps, batches in one order, one learning rate; each runs once for every seed. For an arm that
-     costs far more than the baseline, the baseline runs again with steps that cost as much.
+     costs far more than the baseline, the baseline runs again, so many steps that it costs as much.
 Out: in out_dir a run of train.py for each arm and seed, with its scores; table.md and table.png.
      What is done is kept: a second call goes on.
 
@@ -53,7 +53,7 @@ ARMS = (
 )
 TESTED = ("patch_size", "fpn_stages", "size_aware_loss", "size_aware_weight",
           "small_object_attention")
-# What a run may have otherwise than its arm: what it took from the data, where it is, and runs.
+# Keys in which a run may differ from its arm: found in the data, or of its place.
 DERIVED = ("input_hw", "num_classes", "partition_split", "class_names", "out_dir", "device")
 BASELINE = "baseline_3scale"
 COSTLY = 2  # times the baseline's GFLOP: such an arm meets a baseline of equal compute, too

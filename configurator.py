@@ -39,8 +39,7 @@ def parse(text, want):
 def value_of(key, value, defaults):
     """`value`, if `key` is known and the value has the type of its default; ints widen to floats.
 
-    So do the elements of a tuple, those of the first in its default.
-
+    Elements of a tuple have the type of the first in its default.
     ValueError names an unknown key, with the nearest known one, or a value of another type.
     """
     if key not in defaults:

@@ -119,8 +119,8 @@ def check(config):
         least = 1 if key in COUNTS else 0
         if isinstance(value, (int, float)) and not least <= value < 2**63:
             raise ValueError(f"{key}={value}: expected {least} to 2**63")
-    least = min(config.batch_size - 1, config.mixed_stream, config.mixed_random)
-    if config.sampling == "mixed" and least == 0:
+    smallest = min(config.batch_size - 1, config.mixed_stream, config.mixed_random)
+    if config.sampling == "mixed" and smallest == 0:
         raise ValueError("sampling=mixed needs batch_size > 1, mixed_stream > 0, mixed_random > 0")
     for kind in PARTS:
         fields_of(kind, config)
@@ -373,7 +373,7 @@ class Run:
             batch = batch._make(
                 torch.as_tensor(x).to(self.device, non_blocking=True) for x in batch)
             events = data.augment(batch.events, batch.rows, batch.cols)
-            batch = batch._replace(events=events)  # the others need memory no more
+            batch = batch._replace(events=events)  # those that came are freed
             # N and M vary: compiled code takes any N > 1, and any M of as many chunks
             for tensor, axis in ((batch.frames, 0), (batch.targets, 0), (batch.targets, 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
