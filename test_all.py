@@ -1090,7 +1090,7 @@ def test_configs_say_what_the_notes_say(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_train_two_steps_and_evaluate_from_their_checkpoint(
         name, traffic, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "pictures", lambda *a: None)  # slow; tested elsewhere
+    monkeypatch.setattr(evaluation, "draw_report", lambda *a: None)  # slow; tested elsewhere
     file = str(ROOT / "configs" / name)
     argv = [*TINY, "--sequence_length=2", f"--data_dir={traffic}", f"--out_dir={tmp_path}"]
     assert run_train(file, *argv, "--max_steps=2") == 0

@@ -249,7 +249,7 @@ def test_damaged_checkpoints_are_named(tmp_path, traffic, monkeypatch):
     assert run_train(*argv, "--max_steps=1") == 0
     whole = torch.load(tmp_path / "whole" / "ckpt.pt", weights_only=True)
     # what takes long is left out, and a run that goes on leaves its checkpoint as it was
-    for name in ("score_boxes", "report", "pictures", "compare"):
+    for name in ("score_boxes", "report", "draw_report", "compare"):
         monkeypatch.setattr(evaluation, name, lambda *a, **k: {"confusion": 0})
     monkeypatch.setattr(evaluation, "run", lambda *a, **k: ([], []))
     # its threads do not survive a fork, and each case runs in one
