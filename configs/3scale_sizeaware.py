@@ -5,7 +5,7 @@ the attention run.
 
 The notes report (theirs, unverified), by the eTraM fork's overall AP (class-agnostic, ids 0 to 2,
 Prophesee filter): AP 34.1, small 13.5, one run after training. Here: not measured; at the toy's
-size an AP of 6.6, the baseline's 6.9 (NOTES.md).
+size an AP of 6.9, the baseline's 7.6 (NOTES.md).
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")

@@ -7,8 +7,8 @@ The notes report (theirs, unverified) 24.7 in the eTraM fork's in-training valid
 0.1 (baseline 26.0), class-agnostic, ids 0 to 2, Prophesee filter. Learning rate and weight decay
 are the notes'; its fork says that the notes' own run never read these two, so the reported number
 belongs to another optimiser. With temporal attention the pyramid runs on every frame, so that batch
-norm sees unlabelled frames too. Here: not measured; at the toy's size an AP of 6.5, the baseline's
-6.9 (NOTES.md).
+norm sees unlabelled frames too. Here: not measured; at the toy's size an AP of 6.9, the baseline's
+7.6 (NOTES.md).
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")

@@ -4,7 +4,7 @@
 
 The notes report (theirs, unverified), by the eTraM fork's overall AP (class-agnostic, ids 0 to 2,
 Prophesee filter): AP 30.9, small 14.8, one run after training; 27.2 in its in-training validation
-at threshold 0.1. Here: not measured; at the toy's size an AP of 11.9, the baseline's 6.9
+at threshold 0.1. Here: not measured; at the toy's size an AP of 11.0, the baseline's 7.6
 (NOTES.md).
 """
 

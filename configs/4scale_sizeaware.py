@@ -5,7 +5,7 @@ large one.
 
 The notes report (theirs, unverified), by the eTraM fork's overall AP (class-agnostic, ids 0 to 2,
 Prophesee filter): AP 32.2, small 12.8, one run after training; their target was 36 to 38. Here: not
-measured; at the toy's size an AP of 8.3, the baseline's 6.9 (NOTES.md).
+measured; at the toy's size an AP of 10.0, the baseline's 7.6 (NOTES.md).
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")

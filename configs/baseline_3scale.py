@@ -5,7 +5,7 @@ plain loss.
 
 The notes report (theirs, unverified), by the eTraM fork's overall AP (class-agnostic, ids 0 to 2,
 Prophesee filter): AP 34.0, small 17.3, AP50 67.0, one run after training; 26.0 in its in-training
-validation at threshold 0.1. Here: not measured; at the toy's size an AP of 6.9 (NOTES.md).
+validation at threshold 0.1. Here: not measured; at the toy's size an AP of 7.6 (NOTES.md).
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")

@@ -5,8 +5,8 @@
 The notes' alternative where memory is short: --batch_size=1 --gradient_accumulation_steps=2 (the
 same data, batch norm sees one stream at a time); or --checkpointing=True. The notes report (theirs,
 unverified), by the eTraM fork's overall AP (class-agnostic, ids 0 to 2, Prophesee filter): AP 31.2,
-small 14.9, one run after training. Here: not measured; at the toy's size an AP of 11.1, the
-baseline's 6.9 (NOTES.md).
+small 14.9, one run after training. Here: not measured; at the toy's size an AP of 11.9, the
+baseline's 7.6 (NOTES.md).
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")

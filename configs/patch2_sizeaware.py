@@ -6,7 +6,7 @@ IoU loss.
 The notes report (theirs, unverified) 15.6 in the eTraM fork's in-training validation at threshold
 0.1 (baseline 26.0), class-agnostic, ids 0 to 2, Prophesee filter, and a final loss of 5.18. Batch 2
 is what fitted their 24 GB card; --checkpointing=True keeps less for the backward pass, so that a
-larger one fits. Here: not measured; at the toy's size an AP of 14.0, the baseline's 6.9 (NOTES.md).
+larger one fits. Here: not measured; at the toy's size an AP of 13.4, the baseline's 7.6 (NOTES.md).
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")

@@ -5,7 +5,7 @@ patch 2.
 
 Frames of 360x640 are padded to 360x648, so every level is exact: 120x216, 60x108, 30x54, 15x27. The
 notes hoped for a third less memory than patch 2 and report no score. Here: not measured; at the
-toy's size an AP of 11.3, the baseline's 6.9 (NOTES.md).
+toy's size an AP of 11.0, the baseline's 7.6 (NOTES.md).
 """
 
 class_names = ("pedestrian", "car", "bicycle", "bus", "motorbike", "truck", "tram", "wheelchair")
