@@ -587,6 +587,7 @@ def test_configure_names_a_mistake_in_a_file(tmp_path, text, word):
 def test_configure_keeps_every_name_as_it_is_written_and_in_its_place():
     names = configurator.configure(KEYS, ["--names=car,,0x10,tram (old)"])["names"]
     assert names == ("car", "", "0x10", "tram (old)")
+    assert configurator.configure(KEYS, ["--out_dir=~/runs"])["out_dir"] == f"{Path.home()}/runs"
 
 
 @pytest.mark.parametrize("argv, word", [
@@ -609,11 +610,16 @@ def test_command_line_ends_in_one_line_for_a_mistake_and_in_130_for_ctrl_c():
     def mistaken(argv):
         raise ValueError("two\n  lines")
 
+    def full(argv):
+        np.empty(2**60, np.uint8)
+
     def interrupted(argv):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit, match="^error: two lines$"):
         configurator.command_line(mistaken)
+    with pytest.raises(SystemExit, match="^error: Unable to allocate"):
+        configurator.command_line(full)
     with pytest.raises(SystemExit, match="^130$"):
         configurator.command_line(interrupted)
 
