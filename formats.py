@@ -9,6 +9,7 @@ import os
 import struct
 from contextlib import contextmanager
 
+import h5py
 import numpy as np
 
 # A box: time in us, top-left corner and sides in pixels of the sensor.
@@ -61,6 +62,17 @@ def write(path, contents):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+
+
+@contextmanager
+def new_h5(path):
+    """A new HDF5 file, open for writing. ValueError if it cannot be written, on a full disk say."""
+    # with a cache HDF5 would crash on a full disk
+    with (
+        reading(f"{path}: not written (is the disk full?)"),
+        h5py.File(path, "w", rdcc_nbytes=0) as file,
+    ):
+        yield file
 
 
 def check_names(names):

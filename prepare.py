@@ -36,6 +36,7 @@ from formats import (
     check_blosc,
     check_names,
     histogram,
+    new_h5,
     reading,
     write,
 )
@@ -513,10 +514,7 @@ def write_sequence(folder, recording, ends, frames, boxes, downsample):
     scale = SCALES[downsample]
     frame = (CHANNELS, H // scale, W // scale)
     blosc = hdf5plugin.Blosc(cname="zstd", clevel=1)
-    path = events / FILES["full" if scale == 1 else "half"]
-    full = f"{path}: not written (is the disk full?)"
-    # with a cache HDF5 would crash then
-    with reading(full), h5py.File(path, "w", rdcc_nbytes=0) as file:
+    with new_h5(events / FILES["full" if scale == 1 else "half"]) as file:
         data = file.create_dataset(
             "data", (len(ends), *frame), "u1", maxshape=(None, *frame), chunks=(1, *frame), **blosc)
         for index, window in enumerate(windows(recording, ends)):

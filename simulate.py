@@ -13,12 +13,11 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import h5py
 import numpy as np
 from tqdm import tqdm
 
 from configurator import command_line, configure
-from formats import BOX_DTYPE, reading
+from formats import BOX_DTYPE, new_h5
 from prepare import prepare, run_jobs
 
 defaults = {
@@ -298,9 +297,7 @@ def write_recording(path, events, labels, height, width):
     y, x = np.divmod(pixel, width)
     columns = (("t", t, "i8"), ("x", x, "u2"), ("y", y, "u2"), ("p", p, "u1"))
     partial = path.with_suffix(".part")
-    full = f"{partial}: not written (is the disk full?)"
-    # with a cache HDF5 would crash then
-    with reading(full), h5py.File(partial, "w", rdcc_nbytes=0) as file:
+    with new_h5(partial) as file:
         group = file.create_group("events")
         group["height"] = height
         group["width"] = width
