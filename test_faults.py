@@ -788,6 +788,10 @@ def test_train_out_of_memory_says_what_to_change_and_leaves_the_checkpoint(
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
     with monkeypatch.context() as patch:
+        patch.setattr(train, "build", full)
+        with pytest.raises(ValueError, match="out of memory; lower batch_size"):
+            train.main(argv)
+    with monkeypatch.context() as patch:
         patch.setattr(train.Forward, "forward", full)
         for more in ("--max_steps=2", "--init_from=resume"):
             with pytest.raises(ValueError, match="out of memory; lower batch_size"):

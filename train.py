@@ -571,6 +571,7 @@ def memory_advice():
         raise ValueError(f"out of memory; {LESS_MEMORY}") from error
 
 
+@memory_advice()
 def train(config, checkpoint=None):
     """Train as `config` (a namespace with the keys of `defaults`) says, from `checkpoint` if given.
 
@@ -608,7 +609,7 @@ def train(config, checkpoint=None):
     since = run.step     # of that row, or where this process began
     stopped = False
 
-    with bar, memory_advice(), stop_signal() as stop:
+    with bar, stop_signal() as stop:
         if not checkpoint:
             run.save("ckpt.pt")  # so that no run is without one
         elif run.due(config.eval_interval) and run.evaluated < run.step:
