@@ -77,7 +77,8 @@ def run(config, resamples):
     """
     out = config.out_dir
     path = f"{out}/scores_{resamples}.npy"
-    if os.path.exists(f"{out}/ckpt.pt"):
+    begun = os.path.exists(f"{out}/ckpt.pt")
+    if begun:
         before = read_checkpoint(f"{out}/ckpt.pt")["config"]
         for key, value in vars(config).items():
             if before[key] != value and key not in DERIVED:
@@ -89,9 +90,8 @@ def run(config, resamples):
     names = load_classes(config.data_dir, (), 0)
     sequences = open_split(config.data_dir, "test", len(names))
     with reading(out), redirect_stdout(None):  # several runs would speak at once
-        if os.path.exists(f"{out}/ckpt.pt"):
-            own = [f"--data_dir={config.data_dir}", f"--device={config.device}"]
-            status = train.resume(out, own)
+        if begun:
+            status = train.resume(out, [f"--device={config.device}"])
         else:
             status = train.train(config)
     if status:  # stopped by a signal; a pool would wait for what sys.exit leaves
