@@ -505,14 +505,14 @@ def main(argv):
         print("WARNING: no dataset.json and no class_names; train.py needs --class_names, by id")
     findings = []
     sides = {}
-    frames = {}  # (H, W) by split
+    sizes = {}  # of frames (H, W), by split
     for split in config["split"]:
         try:
             sequences = open_split(config["data_dir"], split, len(names))
         except ValueError as error:
             findings.append(error)
             continue
-        frames[split] = sequences[0].hw
+        sizes[split] = sequences[0].hw
         boxes = []
         for sequence in tqdm(sequences, split, unit="sequence"):
             boxes += sequence.boxes
@@ -527,8 +527,8 @@ def main(argv):
             chosen = sides[split][boxes["class_id"] == k]
             print(f"{len(chosen):8} boxes of {names[k]}, median side {np.median(chosen):.0f} px")
 
-    if len(set(frames.values())) > 1:
-        findings.append(f"the splits' frames differ in size: {frames}")
+    if len(set(sizes.values())) > 1:
+        findings.append(f"the splits' frames differ in size: {sizes}")
     for finding in findings:
         print(f"FINDING: {finding}")
     if findings:

@@ -537,9 +537,9 @@ def about_times(recording, frames):
     }
     if len(frames) > 1 and np.diff(frames).min() > SLOW_US:
         about["us between labels (are all times in nanoseconds?)"] = frames[1] - frames[0]
-    lasts = recording.last_us - recording.first_us
-    if lasts < FRAME_US:
-        about["us long in all (are times in microseconds?)"] = lasts
+    duration = recording.last_us - recording.first_us
+    if duration < FRAME_US:
+        about["us long in all (are times in microseconds?)"] = duration
     if {value > 0 for value in recording.polarities} != {False, True}:
         about[f"events of one polarity only, p is {recording.polarities}"] = recording.events
     return about
@@ -572,9 +572,9 @@ def prepare_sequence(job):
         instants = np.unique(boxes["t"])
         frames, spacing_us = label_frames(instants, options.grid_us)
         report["label times left out"] = len(instants) - len(frames)
-        every = boxes["class_id"]
-        boxes = boxes[np.isin(boxes["t"], frames)]
-        report["classes gone with them"] = len(np.setdiff1d(every, boxes["class_id"]))
+        kept = boxes[np.isin(boxes["t"], frames)]
+        report["classes gone with them"] = len(np.setdiff1d(boxes["class_id"], kept["class_id"]))
+        boxes = kept
         recording.read()
         if recording.events:
             check_clocks(recording, times, frames)
@@ -702,7 +702,8 @@ def describe(path, options, numbered):
         known = before["classes"]
         numbers = [str(k) for k in range(max(len(known), len(options.class_names)))]
         if numbered and known == numbers[:len(known)]:
-            before["classes"] = about["classes"] = numbers
+            before["classes"] = numbers
+            about["classes"] = numbers
         if before | about != before:
             raise ValueError("prepared with other classes or options; take another --dst")
     return before
