@@ -512,7 +512,8 @@ def main(argv):
         except ValueError as error:
             findings.append(error)
             continue
-        sizes[split] = sequences[0].hw
+        if split != "test":  # evaluated alone, it may have frames of its own size
+            sizes[split] = sequences[0].hw
         boxes = []
         for sequence in tqdm(sequences, split, unit="sequence"):
             boxes += sequence.boxes

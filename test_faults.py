@@ -551,6 +551,10 @@ def test_data_main_finds_what_training_would_fail_on(tmp_path, capsys):
 
 def test_data_main_finds_splits_whose_frames_differ_in_size(tmp_path, capsys):
     make_set(tmp_path, [[1]])
+    make_set(tmp_path, [[1]], "test", hw=(48, 32))
+    make_set(tmp_path, [[1]], "val")
+    data.main([str(tmp_path), "--split=train,val,test", "--picture="])  # eval.py takes it
+    shutil.rmtree(tmp_path / "val")
     make_set(tmp_path, [[1]], "val", hw=(48, 32))
     with pytest.raises(ValueError, match="training would fail, findings: 1"):
         data.main([str(tmp_path)])
