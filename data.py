@@ -33,7 +33,7 @@ from pictures import draw_box_sizes
 #   is_first (B,) bool: a run starts, its state is reset before this chunk
 #   frames (N,) int64 ascending: t * B + b of the labelled frames, at least one
 #   targets (N, M, 5) float32: their boxes, class, cx, cy, w, h in augmented pixels; zeros pad
-#   has_boxes bool; False: the one frame of `frames` is a filler without boxes, the loss weighs 0
+#   has_boxes () bool; False: the one of `frames` is a filler without boxes, the loss weighs 0
 Batch = namedtuple("Batch", "events rows cols is_first frames targets has_boxes")
 
 # Flip left to right, then zoom. zoom > 1 shows the window with its top-left corner at (x, y) and
@@ -451,11 +451,11 @@ class TrainData:
         places = sorted(labels)
         frames = torch.tensor([t * len(self.slots) + b for t, b in places])
         targets = pad_targets([labels[place] for place in places])
-        events = torch.from_numpy(events)
+        batch = Batch(torch.from_numpy(events), torch.stack(rows), torch.stack(cols),
+                      torch.tensor(is_first), frames, targets, torch.tensor(has_boxes))
         if self.pin_memory:
-            events = events.pin_memory()
-        return Batch(events, torch.stack(rows), torch.stack(cols), torch.tensor(is_first), frames,
-                     targets, has_boxes)
+            batch = batch._make(x.pin_memory() for x in batch)
+        return batch
 
 
 def make_loader(item, start, num_workers):
@@ -473,6 +473,24 @@ def make_loader(item, start, num_workers):
             ahead.append(pool.submit(item, k))
             if len(ahead) > 2 * num_workers:
                 yield ahead.pop(0).result()
+
+
+def to_device(loader, device):
+    """The batches of an endless `loader` on `device`, the next one always under way.
+
+    A GPU copies it, from pinned memory, while it works on the batch before.
+    """
+    backend = torch.get_device_module(device)  # a CPU's streams do nothing
+    copies = backend.Stream()
+    ahead = None
+    for batch in loader:
+        copies.wait_stream(backend.current_stream())  # memory that is used again has been read
+        with backend.stream(copies):
+            copied = batch._make(x.to(device, non_blocking=True) for x in batch)
+        if ahead:
+            yield ahead
+        backend.current_stream().wait_stream(copies)
+        ahead = copied
 
 
 # --------------------------------------------------------------------------------- inspection

@@ -10,7 +10,9 @@ import copy
 import json
 import math
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -998,6 +1000,29 @@ def test_make_loader_is_the_same_for_any_number_of_workers_and_any_start(toy_set
         assert type(got) is data.Batch
         assert same_batch(got, plan(toy_set, sampling="mixed", batch_size=3)[step])
     loader.close()
+
+
+def test_to_device_copies_each_batch_beside_the_step_before(monkeypatch):
+    log = []
+
+    class Stream:
+        def wait_stream(self, other):
+            log.append(("copies", "steps")[self is steps] + " wait")
+
+    class Numbered(data.Batch):
+        def _make(self, fields):
+            log.append(f"copy {self.frames.item()}")
+            return super()._make(fields)
+
+    steps = Stream()
+    backend = SimpleNamespace(Stream=Stream, stream=nullcontext, current_stream=lambda: steps)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
+    loader = (Numbered(*torch.full((7, 1), k)) for k in range(3))
+    for batch in data.to_device(loader, "cpu"):
+        log.append(f"step {batch.frames.item()}")
+    assert ", ".join(log) == (
+        "copies wait, copy 0, steps wait, copies wait, copy 1, step 0, "
+        "steps wait, copies wait, copy 2, step 1, steps wait")
 
 
 # ---- inspection

@@ -370,10 +370,7 @@ class Run:
 
         # add each micro-batch's gradients, move its streams on
         for group, batch in enumerate(batches):
-            batch = batch._make(
-                torch.as_tensor(x).to(self.device, non_blocking=True) for x in batch)
             events = data.augment(batch.events, batch.rows, batch.cols)
-            batch = batch._replace(events=events)  # those that came are freed
             # N and M vary: compiled code takes any N > 1, and any M of as many chunks
             for tensor, axis in ((batch.frames, 0), (batch.targets, 0), (batch.targets, 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
@@ -382,7 +379,7 @@ class Run:
             # processes exchange gradients once a step, with the last micro-batch
             self.forward.require_backward_grad_sync = group == groups - 1
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                losses, state = self.forward(batch.events, state, batch.frames, batch.targets)
+                losses, state = self.forward(events, state, batch.frames, batch.targets)
             # a batch without boxes runs everything, too, and weighs nothing
             weight = batch.has_boxes / groups
             self.scaler.scale(losses["loss"] * weight).backward()
@@ -604,6 +601,7 @@ def train(config, checkpoint=None):
     groups = config.gradient_accumulation_steps
     frames_a_step = config.sequence_length * config.batch_size * groups * run.world
     loader = data.make_loader(run.batches.__getitem__, run.step * groups, config.num_workers)
+    loader = data.to_device(loader, run.device)
     bar = tqdm(total=config.max_steps, initial=run.step, unit="step", disable=run.rank > 0)
     waited = busy = 0.0  # seconds since the last row of the log: for data, and in all
     since = run.step     # of that row, or where this process began
