@@ -33,7 +33,7 @@ from pictures import draw_box_sizes
 #   is_first (B,) bool: a run starts, its state is reset before this chunk
 #   frames (N,) int64 ascending: t * B + b of the labelled frames, at least one
 #   targets (N, M, 5) float32: their boxes, class, cx, cy, w, h in augmented pixels; zeros pad
-#   has_boxes () bool; False: the one of `frames` is a filler without boxes, the loss weighs 0
+#   has_boxes () bool; False: `frames` is one frame without boxes, a filler; the loss weighs 0
 Batch = namedtuple("Batch", "events rows cols is_first frames targets has_boxes")
 
 # Flip left to right, then zoom. zoom > 1 shows the window with its top-left corner at (x, y) and
@@ -476,21 +476,21 @@ def make_loader(item, start, num_workers):
 
 
 def to_device(loader, device):
-    """The batches of an endless `loader` on `device`, the next one always under way.
+    """The batches of `loader` on `device`, the current one; the next is always fetched already.
 
-    A GPU copies it, from pinned memory, while it works on the batch before.
+    A GPU copies it, from pinned memory, while it works on the one before.
     """
     backend = torch.get_device_module(device)  # a CPU's streams do nothing
     copies = backend.Stream()
-    ahead = None
+    ahead = []
     for batch in loader:
-        copies.wait_stream(backend.current_stream())  # memory that is used again has been read
+        copies.wait_stream(backend.current_stream())  # it may overwrite a batch that was in use
         with backend.stream(copies):
-            copied = batch._make(x.to(device, non_blocking=True) for x in batch)
-        if ahead:
-            yield ahead
-        backend.current_stream().wait_stream(copies)
-        ahead = copied
+            ahead.append(batch._make(x.to(device, non_blocking=True) for x in batch))
+        if len(ahead) > 1:
+            yield ahead.pop(0)
+        backend.current_stream().wait_stream(copies)  # the next batch is whole
+    yield from ahead
 
 
 # --------------------------------------------------------------------------------- inspection

@@ -1022,7 +1022,7 @@ def test_to_device_copies_each_batch_beside_the_step_before(monkeypatch):
         log.append(f"step {batch.frames.item()}")
     assert ", ".join(log) == (
         "copies wait, copy 0, steps wait, copies wait, copy 1, step 0, "
-        "steps wait, copies wait, copy 2, step 1, steps wait")
+        "steps wait, copies wait, copy 2, step 1, steps wait, step 2")
 
 
 # ---- inspection
@@ -1164,6 +1164,19 @@ def test_train_in_half_precision_on_a_cpu(dtype, traffic, tmp_path):
     assert math.isfinite(checkpoint["progress"]["log"][0]["loss"])
     assert checkpoint["progress"]["bad_steps"] == 0
     assert all(x.isfinite().all() for x in checkpoint["model"].values())
+
+
+def test_train_waits_for_no_batch_beyond_its_last_step(traffic, tmp_path, monkeypatch):
+    load = data.TrainData.__getitem__
+
+    def damaged(self, index):
+        if index >= 4:
+            raise ValueError("a damaged frame")
+        return load(self, index)
+
+    monkeypatch.setattr(data.TrainData, "__getitem__", damaged)
+    options = ("--max_steps=2", "--gradient_accumulation_steps=2")
+    assert trained(traffic, tmp_path, *options)["progress"]["step"] == 2
 
 
 # ---- processes

@@ -14,6 +14,7 @@ import csv
 import ctypes
 import dataclasses
 import io
+import itertools
 import math
 import os
 import signal
@@ -54,7 +55,7 @@ defaults = {
     "batch_size": 6,                  # B, streams in a micro-batch of one process
     "gradient_accumulation_steps": 1, # micro-batches in a step, each with its own streams
     "eval_batch_size": 2,             # streams in a batch of the validation
-    "num_workers": 4,                 # threads that load ahead; 0: load when a step needs it
+    "num_workers": 4,                 # threads that load ahead; 0: load when a batch is fetched
     # ---- optimiser
     "optimizer": "adamw",             # adamw (RVT) | muon
     "max_steps": 100_000,
@@ -349,6 +350,7 @@ class Run:
         groups = range(config.gradient_accumulation_steps)
         self.states = [model.initial_state(config.batch_size) for _ in groups]
         vars(self).update(beginning())
+        self.waited = 0.0  # seconds for data, since the last row of the log
 
     def due(self, interval):
         """Whether what happens every `interval` steps and at the end happens now."""
@@ -357,11 +359,12 @@ class Run:
     # -- one step
 
     def train_step(self, batches, stop):
-        """One step of the optimiser; stop: above 0 where this process is to stop.
+        """One step of the optimiser, with the next micro-batches of the iterator `batches`.
 
-        -> whether any process is to stop. A step whose loss, gradients or states are not finite
-        is skipped and leaves nothing behind; where only float16's gradients overflow, the states
-        and the statistics of batch norms still move.
+        stop.number: above 0 where this process is to stop  ->  whether any process is to stop.
+        A step whose loss, gradients or states are not finite is skipped and leaves nothing behind;
+        where only float16's gradients overflow, the states and the statistics of batch norms still
+        move.
         """
         buffers = [x.clone() for x in self.buffers]
         states = list(self.states)
@@ -369,8 +372,12 @@ class Run:
         scalars = Counter()  # its update adds up
 
         # add each micro-batch's gradients, move its streams on
-        for group, batch in enumerate(batches):
+        for group in range(groups):
+            started = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - started
             events = data.augment(batch.events, batch.rows, batch.cols)
+            batch = batch._replace(events=events)  # those that came are freed
             # N and M vary: compiled code takes any N > 1, and any M of as many chunks
             for tensor, axis in ((batch.frames, 0), (batch.targets, 0), (batch.targets, 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
@@ -379,7 +386,7 @@ class Run:
             # processes exchange gradients once a step, with the last micro-batch
             self.forward.require_backward_grad_sync = group == groups - 1
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                losses, state = self.forward(events, state, batch.frames, batch.targets)
+                losses, state = self.forward(batch.events, state, batch.frames, batch.targets)
             # a batch without boxes runs everything, too, and weighs nothing
             weight = batch.has_boxes / groups
             self.scaler.scale(losses["loss"] * weight).backward()
@@ -388,7 +395,7 @@ class Run:
             scalars["state"] += sum((0 * x).sum() for x in state)  # 0, or NaN
 
         # one exchange, which also tells all processes to stop where one is
-        scalars["stop"] = torch.full_like(scalars["state"], stop)
+        scalars["stop"] = torch.full_like(scalars["state"], stop.number)
         self.scaler.unscale_(self.optimizer)
         scalars["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
         values = torch.stack(list(scalars.values())) / self.world
@@ -396,7 +403,7 @@ class Run:
             dist.all_reduce(values)
         scalars = dict(zip(scalars, values.tolist()))  # the one synchronisation of a step
         wrong = [key for key, value in scalars.items() if not math.isfinite(value)]
-        stop = scalars.pop("stop") > 0
+        stopped = scalars.pop("stop") > 0
         del scalars["state"]
 
         # move the weights, or go back
@@ -415,7 +422,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.give_up()
-        return stop
+        return stopped
 
     def record(self, scalars):
         """Take a good step's scalars into what is logged, and the loss that is watched."""
@@ -601,10 +608,11 @@ def train(config, checkpoint=None):
     groups = config.gradient_accumulation_steps
     frames_a_step = config.sequence_length * config.batch_size * groups * run.world
     loader = data.make_loader(run.batches.__getitem__, run.step * groups, config.num_workers)
-    loader = data.to_device(loader, run.device)
+    left = max(config.max_steps - run.step, 0) * groups  # micro-batches of this process
+    batches = data.to_device(itertools.islice(loader, left), run.device)
     bar = tqdm(total=config.max_steps, initial=run.step, unit="step", disable=run.rank > 0)
-    waited = busy = 0.0  # seconds since the last row of the log: for data, and in all
-    since = run.step     # of that row, or where this process began
+    busy = 0.0        # seconds since the last row of the log
+    since = run.step  # of that row, or where this process began
     stopped = False
 
     with bar, stop_signal() as stop:
@@ -614,15 +622,11 @@ def train(config, checkpoint=None):
             run.validate()  # it was stopped before or in this validation
 
         while run.step < config.max_steps and not stopped:
-            # get data
-            started = time.perf_counter()
-            batches = [next(loader) for _ in range(groups)]
-            waited += time.perf_counter() - started
-
             # one step
+            started = time.perf_counter()
             lr = learning_rate_at(run.step, config.max_steps, config.learning_rate)
             run.optimizer.param_groups[0]["lr"] = lr
-            stopped = run.train_step(batches, stop.number)
+            stopped = run.train_step(batches, stop)
             busy += time.perf_counter() - started
             bar.update()
             evaluates = run.due(config.eval_interval)
@@ -631,12 +635,12 @@ def train(config, checkpoint=None):
             if run.due(config.log_interval) or evaluates:
                 speed = {
                     "frames_per_s": round((run.step - since) * frames_a_step / busy, 2),
-                    "data_wait": round(waited / busy, 3),
+                    "data_wait": round(run.waited / busy, 3),
                     "peak_gib": round(peak_gib(run.device), 3),
                 }
                 bar.set_postfix(speed, loss=run.smoothed)
                 run.add_row(lr=lr, **speed)
-                waited = busy = 0.0
+                run.waited = busy = 0.0
                 since = run.step
 
             # save, also before a validation, which takes long and may run out of memory
