@@ -8,7 +8,6 @@ decodes every frame and prints what training would fail on as FINDING (exit stat
 """
 
 import functools
-import itertools
 import json
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -458,8 +457,8 @@ class TrainData:
         return batch
 
 
-def make_loader(item, start, num_workers):
-    """Endless iterator over item(start), item(start + 1), ..., in order.
+def make_loader(item, keys, num_workers):
+    """Iterator over item(key) for each of `keys`, in order.
 
     `num_workers` threads work ahead, on 2 * num_workers items at most; 0: a thread works on an item
     when it is asked for.
@@ -469,10 +468,12 @@ def make_loader(item, start, num_workers):
     """
     ahead = []
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-        for k in itertools.count(start):
-            ahead.append(pool.submit(item, k))
+        for key in keys:
+            ahead.append(pool.submit(item, key))
             if len(ahead) > 2 * num_workers:
                 yield ahead.pop(0).result()
+        for last in ahead:
+            yield last.result()
 
 
 def to_device(loader, device):

@@ -142,17 +142,18 @@ def run(
             labels[sequence.name, frame] = boxes
     steps = list(batches(sequences[rank::world], T, batch_size))
 
-    def read(index):
+    def read(step):
         """Events (T, B, 20, H, W) uint8 of a step, zeros behind the end of a sequence."""
+        _, chunks = step
         clips = []
-        for sequence, start in steps[index][1]:
+        for sequence, start in chunks:
             stop = min(start + T, sequence.length)
             clips.append(torch.from_numpy(sequence.read(start, stop)))
         return pad_sequence(clips)  # T is less where all have ended
 
     training = model.training
     model.eval()
-    loader = make_loader(read, 0, num_workers)
+    loader = make_loader(read, steps, num_workers)
     found = {}
     for k, chunks in tqdm(steps, "evaluating", leave=False, disable=rank > 0):
         # A group starts from nothing; the sequences that have ended were its last.

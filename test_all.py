@@ -994,12 +994,12 @@ def test_train_data_plays_a_format_of_ones_own(toy_set):
 @pytest.mark.parametrize("workers, start", [(0, 5), (3, 5), (0, 7), (2, 8)])
 def test_make_loader_is_the_same_for_any_number_of_workers_and_any_start(toy_set, workers, start):
     train = plan(toy_set, sampling="mixed", batch_size=3)
-    loader = data.make_loader(train.__getitem__, start, workers)
+    loader = data.make_loader(train.__getitem__, range(start, 11), workers)
     for step in range(start, 11):
         got = next(loader)
         assert type(got) is data.Batch
         assert same_batch(got, plan(toy_set, sampling="mixed", batch_size=3)[step])
-    loader.close()
+    assert next(loader, None) is None
 
 
 def test_to_device_copies_each_batch_beside_the_step_before(monkeypatch):

@@ -521,7 +521,7 @@ def test_train_data_refuses_windows_longer_than_what_comes_before_each_label(toy
 def test_make_loader_raises_a_workers_error_in_a_line_that_names_the_file(tmp_path, workers):
     sequences = open_split(make_set(tmp_path, [[5, 9, 13]], length=15), "train")
     overwrite_frame(sequences[0], 9, 0, bytes(200))
-    loader = make_loader(plan(sequences).__getitem__, 0, workers)
+    loader = make_loader(plan(sequences).__getitem__, range(9), workers)
     with pytest.raises(ValueError, match=r"s0/event.*frame 9 does not decode") as error:
         for _ in range(9):
             next(loader)
@@ -982,8 +982,8 @@ def poisoned(monkeypatch, what, steps):
     """Let the micro-batches of `steps` carry a NaN in their boxes, or infinite events."""
     make_loader = data.make_loader
 
-    def loader(item, start=0, num_workers=0):
-        for i, batch in enumerate(make_loader(item, start, num_workers), start):
+    def loader(item, keys, num_workers):
+        for i, batch in zip(keys, make_loader(item, keys, num_workers)):
             if i in steps and what == "boxes":
                 batch.targets[0, 0] = torch.tensor([0, math.nan, 20, 10, 10])
             if i in steps and what == "events":

@@ -14,7 +14,6 @@ import csv
 import ctypes
 import dataclasses
 import io
-import itertools
 import math
 import os
 import signal
@@ -55,7 +54,7 @@ defaults = {
     "batch_size": 6,                  # B, streams in a micro-batch of one process
     "gradient_accumulation_steps": 1, # micro-batches in a step, each with its own streams
     "eval_batch_size": 2,             # streams in a batch of the validation
-    "num_workers": 4,                 # threads that load ahead; 0: load when a batch is fetched
+    "num_workers": 4,                 # threads that load ahead; 0: load between steps
     # ---- optimiser
     "optimizer": "adamw",             # adamw (RVT) | muon
     "max_steps": 100_000,
@@ -607,9 +606,9 @@ def train(config, checkpoint=None):
 
     groups = config.gradient_accumulation_steps
     frames_a_step = config.sequence_length * config.batch_size * groups * run.world
-    loader = data.make_loader(run.batches.__getitem__, run.step * groups, config.num_workers)
-    left = max(config.max_steps - run.step, 0) * groups  # micro-batches of this process
-    batches = data.to_device(itertools.islice(loader, left), run.device)
+    indices = range(run.step * groups, config.max_steps * groups)
+    loader = data.make_loader(run.batches.__getitem__, indices, config.num_workers)
+    batches = data.to_device(loader, run.device)
     bar = tqdm(total=config.max_steps, initial=run.step, unit="step", disable=run.rank > 0)
     busy = 0.0        # seconds since the last row of the log
     since = run.step  # of that row, or where this process began
